@@ -1,0 +1,193 @@
+"""Walks a model, turns what it can into twins, and undoes it."""
+
+import warnings
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gradlite.attach.coverage import Coverage, Entry, Kind
+from gradlite.attach.rank import layer_rank, warn_if_clipped
+from gradlite.attach.twins import RESIDUAL_NORM, become_itself, become_twin, can_become_twin
+from gradlite.errors import GradLiteError
+from gradlite.ops.factors import LookupFactors
+from gradlite.subspace.collector import BasisKind, Collector, Coordinates, Window
+from gradlite.subspace.feedback import memory_rank
+
+MIN_WIDTH = 16
+"""A weight with fewer rows or columns stays plain: its basis would weigh as much as the weight."""
+
+_ATTRIBUTE = "_gradlite_attachment"
+
+
+class Attachment:
+    """What :func:`attach` left on a model. ``projected``: name and weight of every collector, in the window's order."""
+
+    def __init__(self, window: Window, coverage: Coverage) -> None:
+        self.window = window
+        self.coverage = coverage
+        self.projected: list[tuple[str, nn.Parameter]] = []
+        self.modules: list[nn.Module] = []
+        self.hooks: list[RemovableHandle] = []
+        self.active = True
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``'s wrapper."""
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """The model's attachment, or None."""
+    return getattr(unwrapped(model), _ATTRIBUTE, None)
+
+
+def attach(
+    model: nn.Module,
+    *,
+    rank: int | float = 1 / 16,
+    basis: BasisKind = "gradient",
+    sample_residual: bool = True,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Coverage:
+    """Attaches coordinates to every linear and embedding layer, in place, and says what became of each parameter.
+
+    Afterwards a backward pass leaves ``C.grad = δᵀ(xP)`` (rows × rank) instead of full-size weight gradients. Names,
+    values, ``state_dict()`` and saved files are untouched. Attaching again replaces the earlier attachment.
+
+    Args:
+        model: any module; frozen parameters stay frozen. rank: a whole number, or a fraction of each layer's input width.
+        basis: ``gradient`` (leading singular space, moves), ``activation`` (principal space of the inputs, moves) or
+            ``random`` (static). sample_residual: whether backward also samples what the basis misses.
+        include, exclude: patterns (``fnmatch``) on parameter names; what is left out is trained plain, not frozen.
+        seed: of the bases and samples.
+
+    Raises:
+        GradLiteError: a bad rank, a pattern that matches nothing, a model without a linear layer that could be projected.
+    """
+    model = unwrapped(model)
+    detach(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    owners = _owners(model)
+    _check_patterns([*(include or ()), *(exclude or ())], list(names.values()))
+    chosen: list[tuple[str, nn.Parameter]] = []
+    entries: list[Entry] = []
+    for name, parameter in model.named_parameters():
+        kind, reason = _decide(name, parameter, owners.get(id(parameter), []), include, exclude)
+        layer = layer_rank(rank, parameter.shape[1]) if kind == "projected" else None
+        if kind == "projected":
+            chosen.append((name, parameter))
+        entries.append(Entry(name, kind, reason, layer, parameter.numel(), parameter.nbytes))
+    layer_rank(rank, 1)  # a bad rank is named even where nothing can be projected
+    if not chosen:
+        raise GradLiteError(_why_nothing(model, entries))
+    warn_if_clipped(rank, [parameter.shape[1] for _, parameter in chosen])
+    attachment = Attachment(Window(basis, sample_residual, seed, chosen[0][1]), Coverage(tuple(entries)))
+    for name, parameter in chosen:
+        _project(attachment, name, parameter, owners[id(parameter)], rank)
+    attachment.modules[0].register_parameter(RESIDUAL_NORM, attachment.window.residual_norm)
+    object.__setattr__(model, _ATTRIBUTE, attachment)
+    return attachment.coverage
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Gives the model back with its own classes and bit-identical weights; returns it. Nothing happens if not attached."""
+    model = unwrapped(model)
+    attachment = attachment_of(model)
+    if attachment is not None:
+        for handle in attachment.hooks:
+            handle.remove()
+        for module in attachment.modules:
+            become_itself(module)
+        attachment.active = False
+        object.__delattr__(model, _ATTRIBUTE)
+    return model
+
+
+def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(module)
+    return owners
+
+
+def _decide(
+    name: str,
+    parameter: nn.Parameter,
+    owners: list[nn.Module],
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+) -> tuple[Kind, str]:
+    if not parameter.requires_grad:
+        return "frozen", "requires_grad is off"
+    if not parameter.is_floating_point() or parameter.dim() != 2:
+        return "plain", "norms, biases and other tensors that are no matrix"
+    if not all(can_become_twin(owner) and owner._parameters.get("weight") is parameter for owner in owners):
+        return "plain", f"matrix of {type(owners[0]).__name__}, which is neither a linear layer nor a plain look-up"
+    if min(parameter.shape) < MIN_WIDTH:
+        return "plain", f"matrix with a side below {MIN_WIDTH}"
+    if include is not None and not any(fnmatchcase(name, pattern) for pattern in include):
+        return "plain", "not included"
+    if exclude is not None and any(fnmatchcase(name, pattern) for pattern in exclude):
+        return "plain", "excluded"
+    return "projected", "linear layers and embeddings"
+
+
+def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise GradLiteError(
+                f"the pattern {pattern!r} matches no parameter; names look like {names[0]!r}, and * stands for anything."
+            )
+
+
+def _why_nothing(model: nn.Module, entries: Sequence[Entry]) -> str:
+    reasons = sorted({entry.reason for entry in entries})
+    found = "; ".join(reasons) if reasons else "it has no parameters"
+    return f"{type(model).__name__} has no linear layer that GradLite could project ({found}); nothing was attached."
+
+
+def _project(
+    attachment: Attachment, name: str, weight: nn.Parameter, owners: list[nn.Module], rank: int | float
+) -> None:
+    rows, width = weight.shape
+    layer = layer_rank(rank, width)
+    collector = Collector(attachment.window, rows, width, layer, memory_rank(layer), weight)
+    for module in owners:
+        become_twin(module, collector)
+        attachment.modules.append(module)
+    attachment.projected.append((name, weight))
+    attachment.hooks.append(weight.register_post_accumulate_grad_hook(_DenseAbsorber(name, collector)))
+
+
+class _DenseAbsorber:
+    """Takes a full-size gradient that model code made past the twin (``F.linear(x, layer.weight)``) into coordinates."""
+
+    def __init__(self, name: str, collector: Collector) -> None:
+        self.name = name
+        self.collector = collector
+        self.warned = False
+
+    @torch.no_grad()
+    def __call__(self, weight: Tensor) -> None:
+        if weight.grad is None:  # the twin's operator returns no gradient for the weight, and autograd calls all the same
+            return
+        if not self.warned:
+            warnings.warn(
+                f"{self.name} is used outside its layer, so its full gradient is made for a moment in every backward pass.",
+                stacklevel=2,
+            )
+            self.warned = True
+        rows = torch.arange(weight.shape[0], device=weight.device)
+        coordinates: Coordinates = self.collector.coordinates
+        gradient_MR = self.collector(LookupFactors(rows, weight.grad, weight.shape[0]))
+        weight.grad = None
+        coordinates.grad = gradient_MR if coordinates.grad is None else coordinates.grad + gradient_MR

@@ -1,0 +1,42 @@
+"""The `gradlite` command: its verbs, `--version`, and how a mistake is told (one sentence on stderr, exit code 2)."""
+
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from gradlite.cli.flags import KEEP_UNKNOWN
+from gradlite.cli.train import train
+from gradlite.errors import GradLiteError
+
+app = typer.Typer(invoke_without_command=True, add_completion=False, pretty_exceptions_enable=False)
+app.command(context_settings=KEEP_UNKNOWN)(train)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gradlite {version('gradlite-llm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _gradlite(
+    context: typer.Context,
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """GradLite: fine-tune all weights of a language model in little memory, with approximate gradients."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main() -> None:
+    """Run the command line and end the process with its exit code: 0; 2 for bad input; 130 when interrupted."""
+    try:
+        sys.exit(app(prog_name="gradlite", standalone_mode=False))
+    except (GradLiteError, typer.TyperException) as error:
+        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        typer.echo(f"error: {message}", err=True)
+        sys.exit(2)

@@ -1,0 +1,170 @@
+"""GradLite: attaches to a model and trains all of its weights. The optimizer that users build."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from gradlite.attach import Coverage, attach, attachment_of
+from gradlite.errors import GradLiteError
+from gradlite.optim.moments import MomentsFormat
+from gradlite.optim.subspace_adamw import Feedback, MemoryFormat, SubspaceAdamW
+from gradlite.subspace.collector import BasisKind
+
+_CHOICES = {
+    "feedback": ("feedback", "same_step", "off"),
+    "feedback_memory": ("factored", "int4", "fp32"),
+    "basis": ("gradient", "activation", "random"),
+    "moments": ("int8", "fp32"),
+}
+
+
+class GradLite(SubspaceAdamW):
+    """Full-parameter AdamW in low-rank coordinates, with error feedback. Source: docs/method.md.
+
+    >>> optimizer = gradlite.GradLite(model, lr=1e-4, rank=1/16)
+    >>> loss.backward(); optimizer.step(); optimizer.zero_grad()
+
+    Accumulation, ``clip_grad_norm_(model.parameters(), …)``, schedulers and ``state_dict`` work as with any optimizer. The
+    learning rate is AdamW's: the update in coordinates is scaled by ``√(width/rank)``.
+
+    Args:
+        model: attached in place (an earlier attachment is replaced).
+        lr: learning rate. rank: of each basis; a whole number, or a fraction of the layer's input width.
+        feedback: what becomes of the gradient outside the basis: ``"feedback"`` remembers a sample of it and releases what a
+            later basis holds, ``"same_step"`` applies the sample at once, ``"off"`` drops it.
+        feedback_memory: ``"factored"`` (rank/4 factors), ``"int4"`` (0.53 bytes a parameter), ``"fp32"`` (exact).
+        basis: ``"gradient"``, ``"activation"`` or ``"random"`` (static); refresh_interval: steps between two refreshes of
+            one basis; the bases take turns.
+        moments: ``"int8"`` codes or ``"fp32"``. betas, eps, weight_decay: AdamW's; norms and biases are not decayed.
+        include, exclude: patterns on parameter names for what is projected; the rest is trained plain.
+        groups: ``[{"params": [patterns], "lr": …, "weight_decay": …}, …]``: param groups of their own, by name patterns.
+        stochastic_rounding: of bfloat16 weights. seed: of bases, samples and rounding.
+
+    Raises:
+        GradLiteError: an unknown choice, a bad rank or number, a pattern that matches nothing, nothing to project.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-4,
+        rank: int | float = 1 / 16,
+        *,
+        feedback: Feedback = "feedback",
+        feedback_memory: MemoryFormat = "factored",
+        basis: BasisKind = "gradient",
+        refresh_interval: int = 5,
+        moments: MomentsFormat = "int8",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        groups: Sequence[dict[str, Any]] = (),
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+    ) -> None:
+        chosen = {"feedback": feedback, "feedback_memory": feedback_memory, "basis": basis, "moments": moments}
+        for key, value in chosen.items():
+            if value not in _CHOICES[key]:
+                raise GradLiteError(f"{key}={value!r} is unknown; choose one of {', '.join(map(repr, _CHOICES[key]))}.")
+        if basis == "random" and feedback == "feedback":
+            raise GradLiteError(
+                'basis="random" never moves, so feedback="feedback" would never be released; '
+                'use feedback="same_step" or "off" with it.'
+            )
+        _check_numbers(lr, betas, eps, weight_decay, refresh_interval)
+        self.coverage: Coverage = attach(
+            model, rank=rank, basis=basis, sample_residual=feedback != "off", include=include, exclude=exclude, seed=seed
+        )
+        attachment = attachment_of(model)
+        assert attachment is not None
+        self._attachment = attachment
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(
+            _param_groups(model, self.coverage, attachment.projected, attachment.window, defaults, groups),
+            attachment.window,
+            [weight for _, weight in attachment.projected],
+            feedback=feedback,
+            feedback_memory=feedback_memory,
+            refresh_interval=refresh_interval,
+            moments=moments,
+            stochastic_rounding=stochastic_rounding,
+        )
+
+    def step(self, closure: Any = None) -> Any:
+        """One update; see :meth:`SubspaceAdamW.step`. Raises GradLiteError once the model belongs to another optimizer."""
+        if not self._attachment.active:
+            raise GradLiteError("this optimizer's model was detached or attached anew; use the newest GradLite optimizer.")
+        return super().step(closure)
+
+
+class optimizer_factory:  # noqa: N801 - used like a function, in the place of an optimizer class
+    """For transformers: ``Trainer(…, optimizer_cls_and_kwargs=(gradlite.optimizer_factory, {"lr": …, "rank": …}))``.
+
+    The Trainer calls ``optimizer_factory()(model, **kwargs)``: a factory gets the whole model, an optimizer class would get
+    parameters only.
+    """
+
+    def __call__(self, model: nn.Module, **kwargs: Any) -> GradLite:
+        return GradLite(model, **kwargs)
+
+
+def _check_numbers(
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, refresh_interval: int
+) -> None:
+    ranges: list[tuple[str, float, bool, Literal["at least 0", "in [0, 1)", "at least 1"]]] = [
+        ("lr", lr, float(lr) >= 0.0, "at least 0"),
+        ("betas[0]", betas[0], 0.0 <= betas[0] < 1.0, "in [0, 1)"),
+        ("betas[1]", betas[1], 0.0 <= betas[1] < 1.0, "in [0, 1)"),
+        ("eps", eps, eps >= 0.0, "at least 0"),
+        ("weight_decay", weight_decay, weight_decay >= 0.0, "at least 0"),
+        ("refresh_interval", refresh_interval, refresh_interval >= 1, "at least 1"),
+    ]
+    for name, value, valid, wanted in ranges:
+        if not valid:
+            raise GradLiteError(f"{name} must be {wanted}, not {value}.")
+
+
+def _param_groups(
+    model: nn.Module,
+    coverage: Coverage,
+    projected: list[tuple[str, nn.Parameter]],
+    window: Any,
+    defaults: dict[str, Any],
+    overrides: Sequence[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """One group for projected weights, one for plain matrices, one (undecayed) for norms and biases, and one an override."""
+    trained: dict[str, Tensor] = {
+        name: collector.coordinates for (name, _), collector in zip(projected, window.collectors, strict=True)
+    }
+    plain = {entry.name for entry in coverage.entries if entry.kind == "plain"}
+    own = {name: parameter for name, parameter in model.named_parameters()}
+    own = {name.removeprefix("_orig_mod."): parameter for name, parameter in own.items()}
+    trained.update({name: own[name] for name in own if name in plain})
+    groups: list[dict[str, Any]] = []
+    for override in overrides:
+        patterns = [override["params"]] if isinstance(override["params"], str) else list(override["params"])
+        names = [name for name in trained if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        if not names:
+            raise GradLiteError(f"the group {patterns!r} matches no trained parameter that an earlier group left.")
+        settings = {key: value for key, value in override.items() if key != "params"}
+        unknown = set(settings) - set(defaults)
+        if unknown:
+            raise GradLiteError(f"unknown setting {sorted(unknown)[0]!r} in a group; known: {', '.join(defaults)}.")
+        groups.append({**defaults, **settings, "params": [trained.pop(name) for name in names]})
+    names_by_kind = {
+        "projected": [name for name in trained if name not in plain],
+        "matrices": [name for name in trained if name in plain and own[name].dim() >= 2],
+        "vectors": [name for name in trained if name in plain and own[name].dim() < 2],
+    }
+    for kind, names in names_by_kind.items():
+        settings = {"weight_decay": 0.0} if kind == "vectors" else {}
+        params = [trained[name] for name in names]
+        if kind == "projected":  # clipping and loss scaling must reach the residual's norm as well
+            params.append(window.residual_norm)
+        if params:
+            groups.append({**defaults, **settings, "params": params})
+    return groups

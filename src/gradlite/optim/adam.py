@@ -1,0 +1,17 @@
+"""One AdamW direction, as a pure function. Source: arXiv 1711.05101; docs/method.md, section 5."""
+
+from torch import Tensor
+
+
+def adam_direction_(
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, beta1: float, beta2: float, eps: float
+) -> Tensor:
+    """``m̂ / (√v̂ + ε)`` after moving both moments (in place) towards ``grad``.
+
+    All tensors of one shape in float32 or wider; ``step`` counts from 1. The learning rate, the weight decay and the
+    subspace scale are the caller's.
+    """
+    exp_avg.lerp_(grad, 1.0 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+    root = exp_avg_sq.sqrt().div_((1.0 - beta2**step) ** 0.5).add_(eps)
+    return (exp_avg / (1.0 - beta1**step)).div_(root)

@@ -1,0 +1,97 @@
+"""Updates of short-format weights, rounded stochastically: round-to-nearest loses what is below half a unit in the last place.
+
+Shape suffixes: M output width, N input width, S width of the update's factors.
+
+A bfloat16 is the upper half of a float32. Adding 16 uniform random bits to the float32 and cutting the lower half off rounds
+up with exactly the probability that makes the mean right (as in torchao's 8-bit AdamW). Generating a random number for every
+weight costs more than the update itself on a CPU, so one table a step is drawn and every tile reads it from a random place:
+each weight's rounding is still uniform and fresh every step; what is shared is noise among distant weights.
+"""
+
+import torch
+from torch import Tensor
+
+TILE = 1 << 18  # elements of float32 workspace, 1 MiB: stays in a core's cache, and bounds the step's temporaries
+TABLE = 1 << 20
+
+
+class NoiseTable:
+    """Uniform random 16-bit integers and uniform floats in [0, 1) for one step, drawn from ``generator``."""
+
+    def __init__(self, generator: torch.Generator, device: torch.device) -> None:
+        self.bits = torch.empty(TABLE + TILE, dtype=torch.int32, device=generator.device)
+        self.bits.random_(0, 1 << 16, generator=generator)
+        self.bits = self.bits.to(device)
+        self.unit = self.bits.float().div_(1 << 16)
+        self._offsets = torch.randint(0, TABLE, (4096,), generator=generator, device=generator.device).tolist()
+        self._next = 0
+
+    def _offset(self) -> int:
+        self._next = (self._next + 1) % len(self._offsets)
+        return int(self._offsets[self._next])
+
+    def take_bits(self, count: int) -> Tensor:
+        """``count`` ≤ TILE int32 values in [0, 65536)."""
+        offset = self._offset()
+        return self.bits[offset : offset + count]
+
+    def take_unit(self, count: int) -> Tensor:
+        """``count`` floats in [0, 1); longer than the table repeats it."""
+        offset = self._offset()
+        if offset + count <= len(self.unit):
+            return self.unit[offset : offset + count]
+        repeats = -(-(offset + count) // len(self.unit))
+        return self.unit.repeat(repeats)[offset : offset + count]
+
+
+def round_into_(target: Tensor, values: Tensor, noise: NoiseTable) -> None:
+    """Writes float32 ``values`` (≤ TILE of them; overwritten) into bfloat16 ``target``, rounded stochastically.
+
+    The mean over the noise is ``values`` exactly; NaN and infinity stay what they are only if the caller keeps them out.
+    """
+    bits = values.view(torch.int32)
+    bits += noise.take_bits(bits.numel()).view(bits.shape)
+    bits &= -65536  # 0xFFFF0000
+    target.copy_(values)
+
+
+def low_rank_update_(
+    weight_MN: Tensor, left_MS: Tensor, right_NS: Tensor, alpha: float, decay: float, noise: NoiseTable | None
+) -> None:
+    """``W ← decay·W + alpha·left rightᵀ`` in place.
+
+    ``left`` and ``right`` in float32 (float64 for float64 weights). With ``noise`` a bfloat16 weight is computed in float32,
+    tile by tile, and rounded stochastically; otherwise the result is rounded to nearest. Temporary memory: one tile.
+    """
+    if weight_MN.dtype in (torch.float32, torch.float64):
+        weight_MN.addmm_(left_MS.to(weight_MN.dtype), right_NS.to(weight_MN.dtype).T, beta=decay, alpha=alpha)
+        return
+    rows = max(1, TILE // weight_MN.shape[1])
+    for start in range(0, weight_MN.shape[0], rows):
+        tile = weight_MN[start : start + rows]
+        values = tile.float()
+        values.addmm_(left_MS[start : start + rows], right_NS.T, beta=decay, alpha=alpha)
+        _store(tile, values, noise)
+
+
+def dense_update_(weight: Tensor, update: Tensor, alpha: float, decay: float, noise: NoiseTable | None) -> None:
+    """``w ← decay·w + alpha·update`` in place, any shape; rounding as in :func:`low_rank_update_`."""
+    if weight.dtype in (torch.float32, torch.float64):
+        weight.mul_(decay).add_(update, alpha=alpha)
+        return
+    flat_weight, flat_update = weight.view(-1), update.view(-1)
+    for start in range(0, flat_weight.numel(), TILE):
+        tile = flat_weight[start : start + TILE]
+        values = tile.float().mul_(decay).add_(flat_update[start : start + TILE], alpha=alpha)
+        _store(tile, values, noise)
+
+
+def _store(tile: Tensor, values: Tensor, noise: NoiseTable | None) -> None:
+    if noise is not None and tile.dtype == torch.bfloat16:
+        if values.numel() <= TILE:
+            round_into_(tile, values, noise)
+        else:  # a single row wider than a tile
+            for part, numbers in zip(tile.view(-1).split(TILE), values.view(-1).split(TILE), strict=True):
+                round_into_(part, numbers, noise)
+    else:
+        tile.copy_(values)

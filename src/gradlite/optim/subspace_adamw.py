@@ -1,0 +1,396 @@
+"""AdamW in coordinates, with error feedback and moving bases: the loop over pure per-tensor steps.
+
+Shape suffixes: M output width, N input width, R rank, K sampled tokens.
+
+For every projected weight, in one step (docs/method.md, sections 3 to 5):
+
+1. ``Ũ`` (M×R): AdamW's direction from ``C.grad`` and the coordinates' moments.
+2. the residual sample goes, in update units ``φ = ‖Ũ‖/‖C.grad‖``, to the error memory (``feedback``) or at once to the
+   weight (``same_step``).
+3. where the basis is due: it is refreshed from the window's sketch ``GᵀΨ + eᵀΨ/φ``, the moments move along, and what the
+   memory holds inside the new basis is released to the weight.
+4. one fused write: ``W ← (1 − ηλ)W − η s [Ũ Pᵀ + (eP')P'ᵀ]``, ``s = √(n/r)``, rounded stochastically in bfloat16.
+
+This module knows tensors and collectors; models belong to :mod:`gradlite.attach` and :mod:`gradlite.methods`.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradlite.optim.adam import adam_direction_
+from gradlite.optim.moments import MomentsFormat, moments_for
+from gradlite.optim.rounding import NoiseTable, dense_update_, low_rank_update_
+from gradlite.subspace.basis import refreshed_basis
+from gradlite.subspace.collector import Basis, Collector, Coordinates, Window
+from gradlite.subspace.feedback import ErrorMemory, FactoredMemory, FullMemory, Int4Memory
+from gradlite.subspace.transport import transport_moments
+
+Feedback = Literal["feedback", "same_step", "off"]
+MemoryFormat = Literal["factored", "int4", "fp32"]
+
+
+def error_memory(fmt: MemoryFormat, generator: Callable[[], torch.Generator]) -> ErrorMemory:
+    """The memory of the given format."""
+    memories: dict[str, ErrorMemory] = {"factored": FactoredMemory(), "fp32": FullMemory()}
+    return memories.get(fmt) or Int4Memory(generator)
+
+
+class SubspaceAdamW(Optimizer):
+    """AdamW on coordinates and on plain parameters.
+
+    Args:
+        groups: param groups with ``params``, ``lr``, ``betas``, ``eps``, ``weight_decay``. Coordinates among the params are
+            recognised by ``weights``; everything else is trained by plain AdamW.
+        window: the model's window, whose collectors absorb gradients.
+        weights: the projected weight (M×N) of every collector, in the window's order.
+
+    Raises nothing for NaN or infinity: such a step leaves everything as it was and is counted in ``skipped_steps``.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        window: Window,
+        weights: list[Tensor],
+        *,
+        feedback: Feedback,
+        feedback_memory: MemoryFormat,
+        refresh_interval: int,
+        moments: MomentsFormat,
+        stochastic_rounding: bool,
+    ) -> None:
+        super().__init__(groups, {})
+        self._window = window
+        self._collector_of = {id(c.coordinates): c for c in window.collectors}
+        self._weight_of = dict(zip((id(c) for c in window.collectors), weights, strict=True))
+        self._feedback = feedback
+        self._memory = error_memory(feedback_memory, lambda: window.generator)
+        self._refresh_interval = refresh_interval
+        self._moments: MomentsFormat = moments
+        self._stochastic_rounding = stochastic_rounding
+        self._global_step = 0
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+
+    # ---- the step -------------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update from the gradients at hand; skipped and counted if any of them is NaN or infinite."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._all_finite():
+            self.skipped_steps += 1
+            self.skipped_in_a_row += 1
+            self._window.clear()
+            return loss
+        self.skipped_in_a_row = 0
+        noise = NoiseTable(self._window.generator, self._window.residual_norm.device)
+        clip = self._window.clip_factor()
+        members: dict[int, list[tuple[Collector, dict[str, Any]]]] = defaultdict(list)
+        idle: dict[int, list[tuple[Collector, dict[str, Any]]]] = defaultdict(list)
+        bases: dict[int, Basis] = {}
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param is self._window.residual_norm:
+                    continue
+                if param.grad is None:
+                    if isinstance(param, Coordinates):
+                        collector = self._collector_of[id(param)]
+                        idle[id(collector.basis)].append((collector, group))
+                    continue
+                if isinstance(param, Coordinates):
+                    collector = self._collector_of[id(param)]
+                    members[id(collector.basis)].append((collector, group))
+                    bases[id(collector.basis)] = collector.basis
+                else:
+                    self._plain_step(param, group, noise)
+        for key, basis in bases.items():
+            self._basis_step(basis, members[key], idle[key], clip, noise)
+        self._window.clear()
+        self._global_step += 1
+        self._mark_due()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, and the samples that belong to them."""
+        super().zero_grad(set_to_none)
+        self._window.clear()
+
+    def _all_finite(self) -> bool:
+        grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
+        return not grads or bool(torch.isfinite(torch.nn.utils.get_total_norm(grads)).item())
+
+    def _plain_step(self, param: Tensor, group: dict[str, Any], noise: NoiseTable) -> None:
+        state = self.state[param]
+        moments = moments_for(self._moments, param.numel(), param.dtype)
+        if not state:
+            state["step"] = torch.zeros(())
+            state.update(moments.init(param.shape, param))
+        assert param.grad is not None
+        exp_avg, exp_avg_sq = moments.read(state, param.shape)
+        direction = adam_direction_(
+            param.grad.to(exp_avg.dtype), exp_avg, exp_avg_sq, _tick(state), *group["betas"], group["eps"]
+        )
+        moments.write(state, exp_avg, exp_avg_sq, noise)
+        decay = 1.0 - float(group["lr"]) * group["weight_decay"]
+        dense_update_(param, direction, -float(group["lr"]), decay, self._rounding(noise))
+
+    def _rounding(self, noise: NoiseTable) -> NoiseTable | None:
+        return noise if self._stochastic_rounding else None
+
+    def _basis_step(
+        self,
+        basis: Basis,
+        members: list[tuple[Collector, dict[str, Any]]],
+        idle: list[tuple[Collector, dict[str, Any]]],
+        clip: Tensor,
+        noise: NoiseTable,
+    ) -> None:
+        """Steps every weight that shares ``basis``, then refreshes the basis where it is due.
+
+        ``idle`` weights share it too but had no gradient in this window: only their moments move with the basis.
+        """
+        assert basis.matrix_NR is not None
+        steps = [_MemberStep(self, collector, group, clip) for collector, group in members]
+        new_NR = self._refreshed(basis, steps, clip)
+        scale = (basis.width / basis.rank) ** 0.5
+        for member in steps:
+            left, right = member.finish(basis.matrix_NR, new_NR, noise)
+            lr = float(member.group["lr"])
+            weight_MN = self._weight_of[id(member.collector)]
+            decay = 1.0 - lr * member.group["weight_decay"]
+            low_rank_update_(weight_MN, left, right, -lr * scale, decay, self._rounding(noise))
+        if new_NR is not None:
+            for collector, group in idle:
+                self._carry_idle(collector, group, basis.matrix_NR, new_NR, noise)
+            basis.matrix_NR = new_NR
+
+    def _carry_idle(
+        self, collector: Collector, group: dict[str, Any], basis_NR: Tensor, new_NR: Tensor, noise: NoiseTable
+    ) -> None:
+        state = self.state.get(collector.coordinates)
+        if not state:
+            return
+        shape = collector.coordinates.shape
+        moments = moments_for(self._moments, collector.rows * collector.basis.rank, collector.coordinates.dtype)
+        exp_avg_MR, exp_avg_sq_MR = moments.read(state, shape)
+        rotation_RR = basis_NR.to(exp_avg_MR.dtype).T @ new_NR.to(exp_avg_MR.dtype)
+        step, (beta1, beta2) = int(state["step"].item()), group["betas"]
+        moved = transport_moments(exp_avg_MR, exp_avg_sq_MR, rotation_RR, 1.0 - beta1**step, 1.0 - beta2**step)
+        moments.write(state, *moved, noise)
+
+    def _refreshed(self, basis: Basis, steps: "list[_MemberStep]", clip: Tensor) -> Tensor | None:
+        if not basis.due or basis.sketch_NR is None:
+            return None
+        assert basis.matrix_NR is not None
+        sketch_NR = basis.sketch_NR.to(steps[0].direction_MR.dtype) * clip
+        if self._feedback == "feedback" and self._window.kind == "gradient":
+            for member in steps:
+                if member.collector.probe_MR is not None:
+                    sketch_NR = sketch_NR + member.remembered_pull()
+        return refreshed_basis(sketch_NR, basis.matrix_NR)
+
+    def _mark_due(self) -> None:
+        """Chooses, round-robin, the bases that the next window refreshes, and gives their collectors a probe."""
+        for index, basis in enumerate(self._window.bases()):
+            basis.due = (
+                self._window.kind != "random"
+                and basis.rank < basis.width
+                and (self._global_step + index) % self._refresh_interval == 0
+            )
+        for collector in self._window.collectors:
+            collector.probe_MR = None
+            state = self.state.get(collector.coordinates)
+            if collector.basis.due and self._window.kind == "gradient":
+                if not state:  # no gradient has reached this weight yet: it has no say in where the basis goes
+                    continue
+                moments = moments_for(self._moments, collector.rows * collector.basis.rank, collector.coordinates.dtype)
+                exp_avg_MR, _ = moments.read(state, collector.coordinates.shape)
+                collector.probe_MR = exp_avg_MR.to(collector.coordinates.dtype)
+
+    # ---- what is saved --------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, numbers and lists: loads with ``torch.load(…, weights_only=True)``."""
+        bases = self._window.bases()
+        index_of = {id(basis): index for index, basis in enumerate(bases)}
+        saved = super().state_dict()
+        saved["subspace"] = {
+            "basis_of": [index_of[id(collector.basis)] for collector in self._window.collectors],
+            "bases": [None if basis.matrix_NR is None else basis.matrix_NR for basis in bases],
+            "generator": self._window.generator.get_state(),
+            "global_step": self._global_step,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`. Unlike torch's own loader it never casts a state to the parameter's dtype."""
+        saved = state_dict["subspace"]
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, state in state_dict["state"].items():
+            param = params[index]
+            self.state[param] = {
+                name: value.clone() if name in ("step", "error_shape") else value.to(param.device, copy=True)
+                for name, value in state.items()
+            }
+        self._restore_bases(saved)
+        self._window.generator.set_state(saved["generator"].cpu())
+        self._global_step = saved["global_step"]
+        self.skipped_steps = saved["skipped_steps"]
+        self.skipped_in_a_row = saved["skipped_in_a_row"]
+        self._window.clear()
+        self._mark_due()
+
+    def _restore_bases(self, saved: dict[str, Any]) -> None:
+        restored: dict[int, Basis] = {}
+        for collector, index in zip(self._window.collectors, saved["basis_of"], strict=True):
+            if index not in restored:
+                restored[index] = Basis(collector.basis.width, collector.basis.rank)
+                matrix = saved["bases"][index]
+                if matrix is not None:
+                    like = collector.coordinates
+                    restored[index].matrix_NR = matrix.to(device=like.device, dtype=like.dtype, copy=True)
+            collector.basis = restored[index]
+
+    # ---- bytes ----------------------------------------------------------------------------------------------------
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of the tensors that exist now, by category; gradients and samples exist between backward and step."""
+        counted: dict[str, int] = dict.fromkeys(_CATEGORIES, 0)
+        counted["weights"] = sum(weight.nbytes for weight in self._weight_of.values())
+        for group in self.param_groups:
+            for param in group["params"]:
+                if not isinstance(param, Coordinates):
+                    counted["weights"] += param.nbytes
+                if param.grad is not None:
+                    counted["gradients"] += param.grad.nbytes
+                for name, value in self.state.get(param, {}).items():
+                    counted["error memory" if name.startswith("error") else "moments"] += value.nbytes
+        for basis in self._window.bases():
+            counted["basis"] += sum(t.nbytes for t in (basis.matrix_NR, basis.sketch_NR) if t is not None)
+        for collector in self._window.collectors:
+            counted["basis"] += 0 if collector.probe_MR is None else collector.probe_MR.nbytes
+            if collector.sample is not None:
+                counted["residual sample"] += sum(factor.nbytes for factor in collector.sample)
+        return counted
+
+    def expected_bytes(self) -> dict[str, int]:
+        """The same categories from shapes alone, as they will stand between backward and step, sketches left out."""
+        expected: dict[str, int] = dict.fromkeys(_CATEGORIES, 0)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if isinstance(param, Coordinates):
+                    continue
+                expected["weights"] += param.nbytes
+                expected["gradients"] += param.nbytes
+                moments = moments_for(self._moments, param.numel(), param.dtype)
+                expected["moments"] += moments.nbytes(param.numel(), param.itemsize) + 4
+        for basis in self._window.bases():
+            expected["basis"] += basis.width * basis.rank * self._window.residual_norm.itemsize
+        for collector in self._window.collectors:
+            rows, width, rank = collector.rows, collector.basis.width, collector.basis.rank
+            weight_MN = self._weight_of[id(collector)]
+            moments = moments_for(self._moments, rows * rank, weight_MN.dtype)
+            expected["weights"] += weight_MN.nbytes
+            expected["gradients"] += rows * rank * weight_MN.itemsize
+            expected["moments"] += moments.nbytes(rows * rank, weight_MN.itemsize) + 4
+            if self._feedback != "off" and rank < width:
+                expected["residual sample"] += collector.sample_count * (rows + width) * weight_MN.itemsize
+            if self._feedback == "feedback" and rank < width:
+                expected["error memory"] += self._memory.nbytes(rows, width, rank, weight_MN.itemsize)
+        expected["gradients"] += self._window.residual_norm.itemsize
+        return expected
+
+
+_CATEGORIES = ("weights", "gradients", "basis", "residual sample", "error memory", "moments")
+
+
+def _tick(state: dict[str, Tensor]) -> int:
+    state["step"] += 1
+    return int(state["step"].item())
+
+
+class _MemberStep:
+    """One weight's way through a step: its direction first, its moments and memory once the basis is decided."""
+
+    def __init__(self, optimizer: SubspaceAdamW, collector: Collector, group: dict[str, Any], clip: Tensor) -> None:
+        self.optimizer = optimizer
+        self.collector = collector
+        self.group = group
+        coordinates = collector.coordinates
+        assert coordinates.grad is not None
+        self.state = optimizer.state[coordinates]
+        self.moments = moments_for(
+            optimizer._moments, collector.rows * collector.basis.rank, coordinates.dtype
+        )
+        if not self.state:
+            self._init_state(coordinates)
+        self.exp_avg_MR, self.exp_avg_sq_MR = self.moments.read(self.state, coordinates.shape)
+        grad_MR = coordinates.grad.to(self.exp_avg_MR.dtype)
+        self.step = _tick(self.state)
+        beta1, beta2 = group["betas"]
+        self.direction_MR = adam_direction_(
+            grad_MR, self.exp_avg_MR, self.exp_avg_sq_MR, self.step, beta1, beta2, group["eps"]
+        )
+        tiny = torch.finfo(grad_MR.dtype).tiny
+        self.phi = torch.linalg.vector_norm(self.direction_MR) / torch.linalg.vector_norm(grad_MR).clamp_min(tiny)
+        self.sample_scale = self.phi * clip.to(grad_MR.dtype)
+        if self._remembers() and collector.sample is not None:
+            optimizer._memory.add(self.state, collector.sample, self.sample_scale)
+
+    def _init_state(self, coordinates: Coordinates) -> None:
+        collector, optimizer = self.collector, self.optimizer
+        self.state["step"] = torch.zeros(())
+        self.state.update(self.moments.init(coordinates.shape, coordinates))
+        if self._remembers():
+            rank, width = collector.basis.rank, collector.basis.width
+            like = coordinates.new_empty(0)
+            self.state.update(optimizer._memory.init(collector.rows, width, rank, like))
+
+    def _remembers(self) -> bool:
+        return self.optimizer._feedback == "feedback" and self.collector.basis.rank < self.collector.basis.width
+
+    def remembered_pull(self) -> Tensor:
+        """``eᵀΨ/φ`` (N×R): the memory's part of the sketch, back in gradient units."""
+        probe_MR = self.collector.probe_MR
+        assert probe_MR is not None
+        probe_MR = probe_MR.to(self.direction_MR.dtype)
+        tiny = torch.finfo(probe_MR.dtype).tiny
+        return self.optimizer._memory.pull_back(self.state, probe_MR) / self.phi.clamp_min(tiny)
+
+    def finish(self, basis_NR: Tensor, new_NR: Tensor | None, noise: NoiseTable) -> tuple[Tensor, Tensor]:
+        """Stores the moments and returns the weight's update as two factors, M×S and N×S."""
+        compute = self.direction_MR.dtype
+        basis_NR = basis_NR.to(compute)
+        left, right = [self.direction_MR], [basis_NR]
+        sample = self.collector.sample
+        if self.optimizer._feedback == "same_step" and sample is not None:
+            left.append(sample.left_KM.to(compute).T * self.sample_scale)
+            right.append(sample.right_KN.to(compute).T)
+        exp_avg_MR, exp_avg_sq_MR = self.exp_avg_MR, self.exp_avg_sq_MR
+        if new_NR is not None:
+            new_NR = new_NR.to(compute)
+            beta1, beta2 = self.group["betas"]
+            exp_avg_MR, exp_avg_sq_MR = transport_moments(
+                exp_avg_MR, exp_avg_sq_MR, basis_NR.T @ new_NR, 1.0 - beta1**self.step, 1.0 - beta2**self.step
+            )
+            if self._remembers():
+                left.append(self.optimizer._memory.release(self.state, new_NR).to(compute))
+                right.append(new_NR)
+        self.moments.write(self.state, exp_avg_MR, exp_avg_sq_MR, noise)
+        return torch.cat(left, 1), torch.cat(right, 1)

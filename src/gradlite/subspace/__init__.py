@@ -1,0 +1,1 @@
+"""Bases, residual samples, the error memory, and how moments move with the basis. Pure functions on tensors."""

@@ -1,0 +1,240 @@
+"""What one weight's backward pass leaves behind: the coordinates' gradient, a residual sample, and a refresh's sketch.
+
+Shape suffixes: T tokens, M output width, N input width, R rank.
+
+A *window* is what lies between two optimizer steps: one backward pass, or several under gradient accumulation. A
+:class:`Collector` is the ``absorb`` that the subspace operators call; it adds each gradient of the window to what it holds.
+"""
+
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gradlite.ops.factors import GradientFactors
+from gradlite.subspace.basis import activation_basis, gradient_basis, pull_back, random_basis
+from gradlite.subspace.residual import ResidualSample, merge_samples, sample_residual
+
+BasisKind = Literal["gradient", "activation", "random"]
+
+
+class Coordinates(nn.Parameter):
+    """A place for ``C.grad`` (M×R): zeros without storage, one element expanded to the shape.
+
+    It holds no value that could be trained or saved, so it counts as no parameter: ``numel()`` is 0 and sums over
+    ``model.parameters()`` show the model's own count. Its ``.grad`` is an ordinary one.
+    """
+
+    def __new__(cls, shape: tuple[int, ...], like: Tensor) -> "Coordinates":
+        data = torch.zeros((), dtype=like.dtype, device=like.device).expand(shape)
+        return torch.Tensor._make_subclass(cls, data, True)  # type: ignore[return-value]
+
+    def numel(self) -> int:
+        return 0
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Coordinates":
+        if id(self) not in memo:
+            memo[id(self)] = Coordinates(tuple(self.shape), self)
+        return memo[id(self)]  # type: ignore[return-value]
+
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
+        return Coordinates, (tuple(self.shape), torch.zeros((), dtype=self.dtype))
+
+    def drop_storage(self) -> None:
+        """Back to one expanded element, after ``.to()`` has made a full copy."""
+        self.data = torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
+
+
+class Basis:
+    """One orthonormal basis ``matrix_NR``, shared by all weights that read the same tensor; None before the first batch."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        self.width = width
+        self.rank = rank
+        self.matrix_NR: Tensor | None = None
+        self.due = False
+        """A refresh follows the current window: its backward passes must leave a sketch."""
+        self.sketch_NR: Tensor | None = None
+
+
+class Window:
+    """What the collectors of one model share: settings, the random generator, and the residual's norm.
+
+    ``residual_norm`` is a one-element parameter whose ``.grad`` is the estimate of ``‖R‖`` over all weights of the window.
+    Stock gradient clipping therefore sees the norm of the gradient with what the basis misses, and scales both; the
+    optimizer reads the factor back from it, and no second backward pass is needed. The estimate is that of
+    :meth:`ResidualSample.off_diagonal`, not ``‖R̂‖``: a sample of few tokens is several times longer than what it stands for.
+    """
+
+    def __init__(self, kind: BasisKind, sample_residual: bool, seed: int, like: Tensor) -> None:
+        self.kind = kind
+        self.sample_residual = sample_residual
+        self.residual_norm = Coordinates((1,), like)
+        self.generator = torch.Generator(device=like.device)
+        self.generator.manual_seed(seed)
+        self.collectors: list[Collector] = []
+        self._squared_norm: Tensor | None = None
+        self._recent: deque[tuple[weakref.ref[Tensor], int, Basis]] = deque(maxlen=8)
+
+    def __getstate__(self) -> dict[str, object]:
+        state = self.__dict__.copy()
+        state["generator"] = (str(self.generator.device), self.generator.get_state())
+        state["_recent"] = deque(maxlen=8)
+        return state
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        device, generator_state = state["generator"]  # type: ignore[misc]
+        self.generator = torch.Generator(device=device)
+        self.generator.set_state(generator_state)
+
+    def bases(self) -> list[Basis]:
+        """Every basis once, in the order of the collectors."""
+        return list({id(collector.basis): collector.basis for collector in self.collectors}.values())
+
+    def open_if_cleared(self) -> None:
+        """In a forward pass: starts a new window if the gradients were cleared since the last backward pass."""
+        if self._squared_norm is not None and not in_backward() and self._was_cleared():
+            self.clear()
+
+    def _was_cleared(self) -> bool:
+        """By ``model.zero_grad()``; its ``set_to_none=False`` leaves a zero where a sample's norm stood."""
+        grad = self.residual_norm.grad
+        if grad is None or self._squared_norm is None:
+            return True
+        return grad._version > 0 and bool((grad == 0).all())
+
+    def clear(self) -> None:
+        """Forgets the window's samples and sketches (after a step, or when gradients are cleared)."""
+        self._squared_norm = None
+        self.residual_norm.grad = None
+        for collector in self.collectors:
+            collector.sample = None
+        for basis in self.bases():
+            basis.sketch_NR = None
+
+    def note_norm(self, change: Tensor | None) -> None:
+        """Adds to ``‖R̂‖²``; called once for every absorbed gradient, so that a backward pass always leaves its mark."""
+        if self._squared_norm is None:
+            self._squared_norm = torch.zeros(1, dtype=torch.promote_types(self.residual_norm.dtype, torch.float32))
+            self._squared_norm = self._squared_norm.to(self.residual_norm.device)
+        if change is not None:
+            self._squared_norm = self._squared_norm + change.to(self._squared_norm.dtype)
+        self.residual_norm.grad = self._norm().to(self.residual_norm.dtype)
+
+    def _norm(self) -> Tensor:
+        assert self._squared_norm is not None
+        # The estimate may come out negative; a tiny positive norm still lets the clip factor be read from the gradient.
+        floor = torch.finfo(self._squared_norm.dtype).tiny ** 0.5
+        return self._squared_norm.clamp_min(floor if self.sample_residual else 0.0).sqrt()
+
+    def clip_factor(self) -> Tensor:
+        """What the gradients were multiplied by since backward (clipping, loss unscaling): a scalar tensor, 1 if nothing."""
+        grad = self.residual_norm.grad
+        if grad is None or self._squared_norm is None:
+            return torch.ones((), device=self.residual_norm.device)
+        norm = self._norm()
+        # Compared in the gradient's own format: its rounding must not look like a clip.
+        norm = norm.to(grad.dtype).to(norm.dtype)
+        return torch.where(norm > 0, grad.to(norm.dtype) / norm, torch.ones_like(norm)).squeeze(0)
+
+    def follow(self, device: torch.device) -> None:
+        """Draws from a generator on the model's device, seeded from the one so far."""
+        if self.generator.device != device:
+            moved = torch.Generator(device=device)
+            moved.manual_seed(self.generator.initial_seed())
+            self.generator = moved
+
+    def share_basis(self, collector: "Collector", x: Tensor) -> None:
+        """Before the first batch: joins collectors that read the same tensor object, at the same version of it."""
+        for reference, version, basis in self._recent:
+            if reference() is x and version == x._version and basis.width == collector.basis.width:
+                if basis.rank == collector.basis.rank and basis.matrix_NR is None:
+                    collector.basis = basis
+                return
+        self._recent.append((weakref.ref(x), x._version, collector.basis))
+
+
+def in_backward() -> bool:
+    """Whether autograd is running (a checkpointed block's second forward pass happens there)."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class Collector:
+    """Absorbs the gradients of one M×N weight. ``rows`` = M; one for both uses of a tied embedding."""
+
+    def __init__(self, window: Window, rows: int, width: int, rank: int, sample_count: int, like: Tensor) -> None:
+        self.window = window
+        self.rows = rows
+        self.sample_count = sample_count
+        self.basis = Basis(width, rank)
+        self.coordinates = Coordinates((rows, rank), like)
+        self.sample: ResidualSample | None = None
+        self.probe_MR: Tensor | None = None
+        """While the basis is due: the first moment's direction, the left side of the power iteration."""
+        window.collectors.append(self)
+
+    def reads(self, x: Tensor) -> None:
+        """Called by a layer's forward pass with its input, before the operator."""
+        if self.basis.matrix_NR is None and torch.is_grad_enabled():
+            self.window.share_basis(self, x)
+        self.window.open_if_cleared()
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Takes the basis along when a module moves to another device or dtype (idempotent: several layers share one)."""
+        if self.basis.matrix_NR is not None:
+            self.basis.matrix_NR = fn(self.basis.matrix_NR)
+        self.window.follow(self.coordinates.device)
+
+    def __call__(self, factors: GradientFactors) -> Tensor:
+        """Absorbs one gradient; returns the coordinates' gradient ``G P`` (M×R) in the coordinates' dtype."""
+        with torch.autocast(factors.right_TN.device.type, enabled=False):  # backward may run inside the user's autocast
+            return self._absorb(factors)
+
+    def _absorb(self, factors: GradientFactors) -> Tensor:
+        right_TN = factors.right_TN
+        matrix_NR = self.basis.matrix_NR
+        if matrix_NR is None:
+            matrix_NR = self._first_basis(factors).to(self.coordinates.dtype)
+            if bool(torch.isfinite(matrix_NR).all()):  # or the step will be skipped, and the next batch makes the basis
+                self.basis.matrix_NR = matrix_NR
+        basis_NR = matrix_NR.to(right_TN.dtype)
+        inside_TR = right_TN @ basis_NR
+        gradient_MR = factors.left_t_matmul(inside_TR)
+        if self.basis.due:
+            self._sketch(factors, inside_TR)
+        change = None
+        if self.window.sample_residual and self.basis.rank < self.basis.width:
+            change = self._sample(factors, basis_NR, inside_TR)
+        self.window.note_norm(change)
+        return gradient_MR.to(self.coordinates.dtype)
+
+    def _first_basis(self, factors: GradientFactors) -> Tensor:
+        start_NR = random_basis(self.basis.width, self.basis.rank, self.window.generator, factors.right_TN)
+        if self.window.kind == "random":
+            return start_NR
+        if self.window.kind == "activation":
+            return activation_basis(factors.right_TN, start_NR)
+        return gradient_basis(factors, start_NR)
+
+    def _sketch(self, factors: GradientFactors, inside_TR: Tensor) -> None:
+        if self.window.kind == "activation":
+            sketch_NR = factors.right_TN.T @ inside_TR
+        elif self.probe_MR is None:  # no gradient had reached this weight when the basis became due
+            return
+        else:
+            sketch_NR = pull_back(factors, self.probe_MR.to(factors.right_TN.dtype))
+        held = self.basis.sketch_NR
+        self.basis.sketch_NR = sketch_NR if held is None else held + sketch_NR
+
+    def _sample(self, factors: GradientFactors, basis_NR: Tensor, inside_TR: Tensor) -> Tensor:
+        before = None if self.sample is None else self.sample.off_diagonal()
+        sample, diagonal = sample_residual(factors, basis_NR, inside_TR, self.sample_count, self.window.generator)
+        if self.sample is not None:
+            sample = merge_samples(self.sample, sample, self.sample_count, self.window.generator)
+        self.sample = sample
+        change = diagonal + sample.off_diagonal()
+        return change if before is None else change - before

@@ -1,0 +1,1 @@
+"""Training: configuration, data, models, and the run itself."""

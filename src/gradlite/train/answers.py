@@ -1,0 +1,63 @@
+"""What the model answers to a few held-out questions: greedy, so that before and after differ by the training alone."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from gradlite.train.tokens import Tokens
+
+NUM_QUESTIONS = 3
+MAX_NEW_TOKENS = 60
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question as the model is given it, what the data answers, and what the model does."""
+
+    question: str
+    expected: str
+    answer: str
+
+    def as_dict(self) -> dict[str, str]:
+        """The same as a record for run.json."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def answer_questions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Tokens]
+) -> list[Answer]:
+    """Let the model answer the questions of the first few `examples`. Uses no random numbers."""
+    was_training = model.training
+    model.eval()
+    eos = tokenizer.eos_token_id
+    settings = GenerationConfig(
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=eos,
+        pad_token_id=eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+    generate: Any = model.generate
+    answers = []
+    try:
+        for tokens in examples[:NUM_QUESTIONS]:
+            ids = torch.tensor([tokens.question], device=model.device)
+            output = generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+            answers.append(
+                Answer(
+                    question=tokens.asked or _readable(tokenizer, tokens.question),
+                    expected=_readable(tokenizer, tokens.answer),
+                    answer=_readable(tokenizer, output[0, ids.shape[1] :].tolist()),
+                )
+            )
+    finally:
+        model.train(was_training)
+    return answers
+
+
+def _readable(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()

@@ -1,0 +1,88 @@
+"""The model card: what was trained, on what, how well, and how to do it again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from gradlite.train.config import TrainConfig
+from gradlite.train.words import in_bytes, in_count, in_time
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run measured. Losses are in nats per held-out token."""
+
+    steps: int
+    skipped_steps: int
+    num_tokens: int
+    seconds: float
+    peak_memory_bytes: int
+    loss_before: float
+    loss_after: float
+    held_out_tokens: int
+    answers_before: list[dict[str, str]]
+    answers_after: list[dict[str, str]]
+    num_parameters: int
+    coverage: str
+    state_bytes: dict[str, int]
+
+    @property
+    def fall(self) -> float:
+        """By how much the held-out loss fell, as a fraction of where it began."""
+        return (self.loss_before - self.loss_after) / self.loss_before
+
+
+def model_card(config: TrainConfig, result: Result, versions: Mapping[str, str]) -> str:
+    """README.md in the form that the Hugging Face hub reads."""
+    header = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gradlite"]})
+    questions = "\n".join(
+        _question(before, after) for before, after in zip(result.answers_before, result.answers_after, strict=True)
+    )
+    return f"""---
+{header}---
+
+# {config.run_name}
+
+`{config.model}`, all of its weights fine-tuned on `{config.dataset}` with GradLite.
+
+| held-out loss ({result.held_out_tokens:,} tokens) | nats per token |
+|---|---|
+| before | {result.loss_before:.4f} |
+| after {result.steps} steps | {result.loss_after:.4f} ({_change(result.fall)}) |
+
+{in_count(result.num_parameters)} parameters: {result.coverage.strip()}
+
+{result.num_tokens:,} training tokens in {in_time(result.seconds)}, peak memory {in_bytes(result.peak_memory_bytes)}, \
+{result.skipped_steps} steps skipped because a loss or gradient was not finite.
+
+![loss](loss.png)
+
+## The same run again
+
+Save this as `run.yaml` and call `gradlite train --config run.yaml`.
+
+```yaml
+{config.to_yaml().strip()}
+```
+
+Made with {", ".join(f"{name} {version}" for name, version in versions.items())}.
+
+## Held-out questions
+{questions}
+"""
+
+
+def _change(fall: float) -> str:
+    return f"{fall:.1%} lower" if fall >= 0 else f"{-fall:.1%} higher"
+
+
+def _question(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    parts = (("Question", before["question"]), ("Before", before["answer"]), ("After", after["answer"]))
+    return "\n".join(f"\n{title}:\n\n{_quoted(text)}" for title, text in parts)
+
+
+def _quoted(text: str) -> str:
+    """Text as an indented block, which no Markdown in it can break out of."""
+    return "\n".join(f"    {line}" for line in (text or "(nothing)").splitlines())

@@ -1,0 +1,134 @@
+"""From the configuration to what a run trains and evaluates on: examples as token ids with their answers marked."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import pack_dataset
+
+from gradlite.errors import GradLiteError
+from gradlite.train.config import DEFAULT_DATASET, TrainConfig
+from gradlite.train.embedded import python_help
+from gradlite.train.formats import Parsed, parse
+from gradlite.train.sources import Rows, Source, load_source
+from gradlite.train.tokens import Tokenized, Tokens, tokenize
+
+_SPLIT_SEED = 0  # not the run's seed: runs that differ in their seed are judged on the same held-out rows
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run works on. `notices` are sentences for the user: what was cut, dropped or left out, and how many."""
+
+    train: list[Tokens]
+    held_out: list[Tokens]
+    columns: tuple[str, ...]
+    notices: list[str]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the training examples, each counted once."""
+        return sum(len(tokens.ids) for tokens in self.train)
+
+
+def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Read, split and tokenise the configured data.
+
+    Raises `GradLiteError` where a data set is missing or unreadable, has no usable columns, or nothing to train on.
+    """
+    source = _embedded() if config.dataset == DEFAULT_DATASET else load_source(config.dataset)
+    notices: list[str] = []
+    if config.eval_dataset is not None:
+        other = _embedded() if config.eval_dataset == DEFAULT_DATASET else load_source(config.eval_dataset)
+        train_rows, held_out_rows = source.train, other.held_out or other.train
+        held_out_name = config.eval_dataset
+    else:
+        train_rows, held_out_rows = (
+            (source.train, source.held_out) if source.held_out else _split_off(source.train, config)
+        )
+        held_out_name = config.dataset
+    held_out_rows = _sample(held_out_rows, config.eval_examples)
+    parsed = parse(train_rows, config.dataset)
+    parsed_held_out = parse(held_out_rows, held_out_name)
+    train, num_repeated = _without(parsed, parsed_held_out)
+    if num_repeated:
+        notices.append(f"{num_repeated} training rows are held-out rows word for word and were left out.")
+    if parsed.num_empty:
+        notices.append(f"{parsed.num_empty} rows without a question or an answer were left out.")
+    if not train.examples:
+        raise GradLiteError(
+            f"all rows of dataset {config.dataset!r} are held-out rows; give more data or another --eval-dataset."
+        )
+    tokenized = _tokenize(train, tokenizer, config, config.dataset, notices)
+    held_out = _tokenize(parsed_held_out, tokenizer, config, f"{held_out_name} (held-out)", notices)
+    return Data(tokenized.kept, held_out.kept, parsed.columns, notices)
+
+
+def sequences(examples: Sequence[Tokens], config: TrainConfig, packed: bool) -> datasets.Dataset:
+    """Examples as the Trainer takes them: columns input_ids and labels; where `packed`, several in a row of seq_len."""
+    rows = datasets.Dataset.from_dict(
+        {
+            "input_ids": [tokens.ids for tokens in examples],
+            "labels": [tokens.labels(config.train_on) for tokens in examples],
+        }
+    )
+    return pack_dataset(rows, config.seq_len, "bfd") if packed else rows
+
+
+def _embedded() -> Source:
+    train, held_out = python_help()
+    return Source(train, held_out)
+
+
+def _split_off(rows: Rows, config: TrainConfig) -> tuple[Rows, Rows]:
+    """Put `eval_examples` rows aside (at most a quarter), drawn with a fixed seed."""
+    if len(rows) < 2:
+        raise GradLiteError(
+            f"dataset {config.dataset!r} has one row only; a held-out row is needed as well: give --eval-dataset."
+        )
+    aside = set(random.Random(_SPLIT_SEED).sample(range(len(rows)), min(config.eval_examples, max(1, len(rows) // 4))))
+    return (
+        [rows[number] for number in range(len(rows)) if number not in aside],
+        [rows[number] for number in sorted(aside)],
+    )
+
+
+def _sample(rows: Rows, num_rows: int) -> Rows:
+    """At most `num_rows` rows, drawn with a fixed seed, in their order."""
+    if len(rows) <= num_rows:
+        return rows
+    return [rows[number] for number in sorted(random.Random(_SPLIT_SEED).sample(range(len(rows)), num_rows))]
+
+
+def _without(parsed: Parsed, held_out: Parsed) -> tuple[Parsed, int]:
+    """The training examples that are not also held out, word for word, and how many were."""
+    seen = {repr(example) for example in held_out.examples}
+    kept = [example for example in parsed.examples if repr(example) not in seen]
+    return Parsed(kept, parsed.columns, parsed.num_empty), len(parsed.examples) - len(kept)
+
+
+def _tokenize(
+    parsed: Parsed, tokenizer: PreTrainedTokenizerBase, config: TrainConfig, name: str, notices: list[str]
+) -> Tokenized:
+    tokenized = tokenize(parsed.examples, tokenizer, config.seq_len, config.train_on)
+    if not tokenized.kept:
+        raise GradLiteError(
+            f"nothing to train on is left of dataset {name!r}: after cutting to --seq-len {config.seq_len} tokens "
+            "no example holds any token of its answer; raise --seq-len."
+        )
+    if tokenized.num_dropped:
+        notices.append(
+            f"{name}: {tokenized.num_dropped} examples were dropped: cut to {config.seq_len} tokens, no answer is left."
+        )
+    if tokenized.num_cut > tokenized.num_dropped:
+        notices.append(
+            f"{name}: {tokenized.num_cut - tokenized.num_dropped} examples were cut to {config.seq_len} tokens."
+        )
+    if tokenized.num_rewritten:
+        notices.append(
+            f"{name}: in {tokenized.num_rewritten} conversations the chat template renders earlier turns differently "
+            "later on; those turns are not trained on."
+        )
+    return tokenized

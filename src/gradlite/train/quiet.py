@@ -1,0 +1,36 @@
+"""While a run is on the screen, only our own lines are: the libraries' bars, logs and warnings are held back."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import datasets
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+_LIBRARIES = r"(torch|transformers|trl|datasets|accelerate|huggingface_hub|gguf|multiprocess|pyarrow)(\..*)?"
+
+
+@contextmanager
+def quiet_libraries(console: Console) -> Iterator[None]:
+    """Silence transformers, datasets and torch below errors; show every other warning as one line on `console`."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    verbosity = transformers_logging.get_verbosity()
+    bars = (transformers_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled())
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=_LIBRARIES)
+            warnings.showwarning = lambda message, *_args, **_keywords: console.print(
+                f"warning: {message}", style="yellow"
+            )
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars[0]:
+            transformers_logging.enable_progress_bar()
+        if not bars[1]:
+            datasets.enable_progress_bars()

@@ -1,0 +1,214 @@
+"""One training run, from its configuration to its directory."""
+
+import importlib.util
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, cast
+
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+import gradlite
+from gradlite.errors import GradLiteError
+from gradlite.train.answers import answer_questions
+from gradlite.train.callback import MAX_SKIPPED_IN_A_ROW, RunCallback, StepReport
+from gradlite.train.card import Result
+from gradlite.train.config import TrainConfig
+from gradlite.train.data import Data, load_data, sequences
+from gradlite.train.directory import RunDirectory, checkpoint_step
+from gradlite.train.memory import peak_memory_bytes
+from gradlite.train.models import load_model_and_tokenizer
+from gradlite.train.outputs import save_outputs, show_answers, show_result
+from gradlite.train.overview import overview
+from gradlite.train.preview import preview
+from gradlite.train.progress import Progress
+from gradlite.train.quiet import quiet_libraries
+from gradlite.train.trainer import GradLiteTrainer, build_trainer, num_steps, weights_are_finite
+
+
+def run(config: TrainConfig, console: Console | None = None) -> Path:
+    """Fine-tune a model as `config` says and return the run's directory.
+
+    Nothing is written before the model, the data and the optimizer are known to be usable. Raises `GradLiteError` for
+    whatever the user can put right, and for a run that had to be given up (its last good checkpoint is kept and named).
+    """
+    console = console or Console(soft_wrap=True)
+    with quiet_libraries(console):
+        return _Run(config, console).do()
+
+
+class _Run:
+    """The steps of one run, in order, and what they share."""
+
+    def __init__(self, config: TrainConfig, console: Console) -> None:
+        self.config = config
+        self.console = console
+        self.directory = RunDirectory(config.run_dir)
+        self.progress = Progress(console)
+        self.callback = RunCallback(
+            on_step=self._record_step,
+            on_evaluation=self._record_evaluation,
+            has_checkpoint=lambda: self.directory.last_checkpoint() is not None,
+        )
+
+    def do(self) -> Path:
+        self.directory.check(self.config)
+        _check_reporters(self.config)
+        self.console.print(Text(f"loading {self.config.model}"), style="dim")
+        model, tokenizer = load_model_and_tokenizer(self.config.model, self.config.dtype)
+        self.console.print(Text(f"reading {self.config.dataset}"), style="dim")
+        data = load_data(self.config, tokenizer)
+        train = sequences(data.train, self.config, packed=self.config.packing)
+        held_out = sequences(data.held_out, self.config, packed=False)
+        with tempfile.TemporaryDirectory() as scratch:  # the Trainer makes its directory at once; ours is not due yet
+            trainer = build_trainer(self.config, model, tokenizer, train, held_out, [self.callback], Path(scratch))
+        trainer.args.output_dir = str(self.directory.checkpoints)
+        # The trainer's own references are typed loosely, and accelerate wraps its optimizer.
+        self.model, self.optimizer = model, cast(gradlite.GradLite, trainer.optimizer)
+        steps = num_steps(self.config, len(train), trainer.args.world_size)
+        checkpoint = self.directory.last_checkpoint() if self.config.resume else None
+        if self.config.resume and checkpoint is None and not self.directory.is_finished:
+            self.console.print(
+                Text("there is no checkpoint to resume from; beginning at the first step"), style="yellow"
+            )
+        if self.directory.is_finished and self.config.resume:
+            done = (self.directory.record or {}).get("steps", 0)
+            if done >= steps:
+                self.console.print(Text(f"{self.directory.path} holds this run, finished; there is nothing to resume."))
+                return self.directory.path
+            if checkpoint is None:
+                raise GradLiteError(f"{str(self.directory.path)!r} is finished and has no checkpoint to go on from.")
+        self._show_plan(trainer, data, tokenizer, len(train), steps)
+        before = self._before(trainer, tokenizer, data, checkpoint)
+        self.directory.begin(self.config, before, checkpoint)
+        if checkpoint is None:
+            self.directory.append_metrics({"step": 0, "eval_loss": before["loss_before"]})
+        else:
+            self.console.print(Text(f"going on from {checkpoint}"))
+        seconds = self._train(trainer, checkpoint, steps)
+        self._check_outcome(trainer)
+        return self._finish(trainer, tokenizer, data, before, seconds)
+
+    def _show_plan(
+        self, trainer: GradLiteTrainer, data: Data, tokenizer: PreTrainedTokenizerBase, num_sequences: int, steps: int
+    ) -> None:
+        for notice in data.notices:
+            self.console.print(Text(notice), style="yellow")
+        self.console.print(Text("\none example; the loss covers what stands in ⟦⟧:"), style="bold")
+        self.console.print(preview(data.train[0], tokenizer, self.config.train_on))
+        self.console.print()
+        device = str(trainer.args.device)
+        self.console.print(overview(self.config, data, self.optimizer, device, num_sequences, steps))
+        self.console.print()
+
+    def _before(
+        self, trainer: GradLiteTrainer, tokenizer: PreTrainedTokenizerBase, data: Data, checkpoint: Path | None
+    ) -> dict[str, Any]:
+        """Held-out loss and answers of the untouched model: measured, or from the record of the run that is resumed."""
+        keys = ("loss_before", "held_out_tokens", "answers_before")
+        record = self.directory.record
+        if checkpoint is not None and record is not None:
+            return {key: record[key] for key in keys}
+        measured = trainer.held_out_loss()
+        if not math.isfinite(measured.loss):
+            raise GradLiteError(
+                f"model {self.config.model!r} gives a held-out loss of {measured.loss} before any training."
+            )
+        self.console.print(f"held-out loss before training {measured.loss:.4f} ({measured.num_tokens:,} tokens)")
+        answers = [answer.as_dict() for answer in answer_questions(self.model, tokenizer, data.held_out)]
+        return dict(zip(keys, (measured.loss, measured.num_tokens, answers), strict=True))
+
+    def _train(self, trainer: GradLiteTrainer, checkpoint: Path | None, steps: int) -> float:
+        """Train to the last step and return the seconds it took."""
+        started = time.perf_counter()
+        if (
+            checkpoint is not None and checkpoint_step(checkpoint) >= steps
+        ):  # stopped after its last step: only results are due
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = type(trainer.state).load_from_json(str(checkpoint / "trainer_state.json"))
+        else:
+            with self.progress:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return time.perf_counter() - started
+
+    def _check_outcome(self, trainer: GradLiteTrainer) -> None:
+        """Raise `GradLiteError` where the run went bad: nothing of it may pass as a trained model."""
+        skipped = self.callback.skipped_steps
+        if self.callback.gave_up:
+            self._give_up(f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or a gradient that was not finite")
+        if skipped and skipped >= trainer.state.global_step:
+            self._give_up("every step had a loss or a gradient that was not finite")
+        if not weights_are_finite(self.model):
+            self._give_up("the weights are no longer finite")
+
+    def _give_up(self, reason: str) -> None:
+        checkpoint = self.directory.last_checkpoint()
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no good checkpoint"
+        raise GradLiteError(f"the run was stopped: {reason}; {kept}. Try a lower --lr.")
+
+    def _finish(
+        self,
+        trainer: GradLiteTrainer,
+        tokenizer: PreTrainedTokenizerBase,
+        data: Data,
+        before: dict[str, Any],
+        seconds: float,
+    ) -> Path:
+        step, loss = self.callback.last_evaluation or (-1, math.nan)
+        if step != trainer.state.global_step:
+            loss = trainer.evaluate()["eval_loss"]
+        if not math.isfinite(loss):
+            self._give_up(f"the held-out loss is {loss}")
+        answers = answer_questions(self.model, tokenizer, data.held_out)
+        coverage, state_bytes = self.optimizer.coverage, self.optimizer.state_bytes()
+        gradlite.detach(self.model)
+        self.model.config.use_cache = True  # which the Trainer turns off
+        result = Result(
+            steps=trainer.state.global_step,
+            skipped_steps=self.callback.skipped_steps,
+            num_tokens=trainer.state.num_input_tokens_seen,
+            seconds=seconds,
+            peak_memory_bytes=peak_memory_bytes(trainer.args.device),
+            loss_before=before["loss_before"],
+            loss_after=loss,
+            held_out_tokens=before["held_out_tokens"],
+            answers_before=before["answers_before"],
+            answers_after=[answer.as_dict() for answer in answers],
+            num_parameters=coverage.num_elements(),
+            coverage=str(coverage),
+            state_bytes=state_bytes,
+        )
+        save_outputs(self.directory, self.config, self.model, tokenizer, result)
+        show_answers(self.console, result.answers_before, answers)
+        show_result(self.console, result, self.directory.path)
+        return self.directory.path
+
+    def _record_step(self, report: StepReport) -> None:
+        self.directory.append_metrics(
+            {
+                "step": report.step,
+                "loss": report.loss,
+                "grad_norm": report.grad_norm,
+                "learning_rate": report.learning_rate,
+                "num_tokens": report.num_tokens,
+                "skipped_steps": report.skipped_steps,
+                "tokens_per_second": round(report.tokens_per_second, 1),
+                "peak_memory_bytes": report.peak_memory_bytes,
+            }
+        )
+        self.progress.show(report)
+
+    def _record_evaluation(self, step: int, loss: float) -> None:
+        self.directory.append_metrics({"step": step, "eval_loss": loss})
+        self.progress.show_evaluation(step, loss)
+
+
+def _check_reporters(config: TrainConfig) -> None:
+    for reporter in config.report_to:
+        if importlib.util.find_spec(reporter) is None:
+            raise GradLiteError(
+                f"--report-to {reporter} needs a package that is not installed: run `pip install {reporter}`."
+            )

@@ -1,0 +1,184 @@
+"""transformers' Trainer with our loss, a token-weighted evaluation, and checkpoints that are whole or absent.
+
+TRL's SFTTrainer is this same Trainer plus data preparation and a fused head; its collator and packing are used, its
+head is not (see loss.py).
+"""
+
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import rotate_checkpoints
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+import gradlite
+from gradlite.train.config import TrainConfig
+from gradlite.train.loss import HeldOutLoss, held_out_loss, summed_loss
+
+NUM_CHECKPOINTS_KEPT = 2
+
+
+class GradLiteTrainer(Trainer):
+    """One run's training loop. `held_out` rows are never packed; `evaluate` returns eval_loss and eval_tokens."""
+
+    def __init__(
+        self, *, held_out: datasets.Dataset, held_out_collator: DataCollatorForLanguageModeling, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.held_out = held_out
+        self.held_out_collator = held_out_collator
+        # The loss below shifts the labels, and divides by the number of tokens of all micro-batches of a step.
+        self._loss_shifts_labels = True
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._staging: str | None = None
+
+    @property
+    def _network(self) -> nn.Module:
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Mean cross-entropy over the labelled tokens of the whole step.
+
+        A loss that is not finite gets gradients that are not, so that the optimizer skips the step.
+        """
+        if return_outputs:
+            raise NotImplementedError("most positions' logits are never computed, so there are no outputs to return")
+        total, num_tokens = summed_loss(model, inputs)
+        if num_items_in_batch is None:
+            loss = total / num_tokens
+        else:  # counted over all processes, whose gradients DDP averages
+            loss = total / num_items_in_batch * self.accelerator.num_processes
+        return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+    def held_out_loss(self) -> HeldOutLoss:
+        """The mean loss over all held-out tokens, with the model as it is now."""
+        return held_out_loss(
+            self._network, self.held_out, self.held_out_collator, self.args.per_device_eval_batch_size, self.args.device
+        )
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Evaluate on the held-out rows, log the result, and return it."""
+        result = self.held_out_loss()
+        metrics = {f"{metric_key_prefix}_loss": result.loss, f"{metric_key_prefix}_tokens": float(result.num_tokens)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _track_num_input_tokens(self, inputs: Mapping[str, Tensor]) -> None:
+        """Count tokens that are not padding, in `state.num_input_tokens_seen`, which checkpoints keep."""
+        mask = inputs.get("attention_mask")
+        self.state.num_input_tokens_seen += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *arguments: Any, **keywords: Any) -> None:
+        """The Trainer's own, which resets the running loss by subtracting it from itself: NaN would stay NaN."""
+        super()._maybe_log_save_evaluate(tr_loss, *arguments, **keywords)
+        if self._globalstep_last_logged == self.state.global_step:
+            tr_loss.zero_()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or str(super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint under a temporary name and rename it. Weights that are not finite are never written."""
+        if not weights_are_finite(self._network):
+            return
+        target = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=target.parent) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            if target.exists():
+                shutil.rmtree(target)
+            (Path(staging) / target.name).replace(target)
+        rotate_checkpoints(str(target.parent), save_total_limit=NUM_CHECKPOINTS_KEPT)
+
+
+def build_trainer(
+    config: TrainConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: datasets.Dataset,
+    held_out: datasets.Dataset,
+    callbacks: Sequence[TrainerCallback],
+    checkpoint_dir: Path,
+) -> GradLiteTrainer:
+    """A trainer for `config`, its optimizer created and the model attached. Raises the optimizer's `GradLiteError`."""
+    arguments = TrainingArguments(
+        output_dir=str(checkpoint_dir),
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=max(4, config.batch_size),
+        gradient_accumulation_steps=config.accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=-1 if config.max_steps is None else config.max_steps,
+        learning_rate=config.lr,
+        weight_decay=config.weight_decay,
+        lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
+        warmup_steps=config.warmup,
+        max_grad_norm=max(0.0, config.max_grad_norm),
+        seed=config.seed,
+        bf16=False,  # the weights themselves are bf16; no autocast
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a skipped step is shown as what it is
+        eval_strategy="no" if config.eval_every is None else "steps",
+        eval_steps=config.eval_every,
+        save_strategy="no" if config.save_every is None else "steps",
+        save_steps=config.save_every or 500,
+        report_to=list(config.report_to),
+        run_name=config.run_name,
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+    )
+    pad_token_id = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    trainer = GradLiteTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        data_collator=DataCollatorForLanguageModeling(pad_token_id, padding_free=config.packing),
+        held_out=held_out,
+        held_out_collator=DataCollatorForLanguageModeling(pad_token_id),
+        callbacks=list(callbacks),
+        optimizer_cls_and_kwargs=(gradlite.optimizer_factory, config.optimizer_keywords()),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.create_optimizer()
+    return trainer
+
+
+def num_steps(config: TrainConfig, num_sequences: int, num_processes: int) -> int:
+    """Optimizer steps of a run, by the Trainer's own count: an incomplete last batch or step of an epoch counts."""
+    if config.max_steps is not None:
+        return config.max_steps
+    batches = math.ceil(num_sequences / (config.batch_size * num_processes))
+    return math.ceil(config.epochs * max(1, math.ceil(batches / config.accumulation)))
+
+
+def weights_are_finite(model: nn.Module) -> bool:
+    """Whether no weight is NaN or infinite."""
+    return all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values() if tensor.is_floating_point())

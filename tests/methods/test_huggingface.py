@@ -1,0 +1,108 @@
+"""GradLite under transformers: a tiny Llama, its files, and the Trainer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+import gradlite
+from gradlite.attach import attachment_of
+
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("default")  # what third parties warn of is not ours to fail on
+
+
+def llama(tied: bool = True) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=tied, max_position_embeddings=32,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config)
+
+
+class Rows(Dataset[dict[str, torch.Tensor]]):
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = (torch.arange(12) * (1 + index % 3) + index) % 64
+        return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_llama_is_covered_counted_and_saved_as_it_is(tied: bool, tmp_path: Path) -> None:
+    model = llama(tied)
+    count, keys = model.num_parameters(), list(model.state_dict())
+    optimizer = gradlite.GradLite(model, lr=1e-2, rank=4)
+    assert optimizer.coverage.num_elements() == model.num_parameters() == count
+    assert model.num_parameters(only_trainable=True) == count
+    assert list(model.state_dict()) == keys
+    ids = Rows()[0]["input_ids"][None]
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = attachment_of(model)
+    assert found is not None
+    basis_of = {name: c.basis for (name, _), c in zip(found.projected, found.window.collectors, strict=True)}
+    for layer in (0, 1):
+        prefix = f"model.layers.{layer}."
+        q, k, v = (basis_of[f"{prefix}self_attn.{name}_proj.weight"] for name in "qkv")
+        gate, up = (basis_of[f"{prefix}mlp.{name}_proj.weight"] for name in ("gate", "up"))
+        assert q is k is v
+        assert gate is up
+    assert len(set(map(id, basis_of.values()))) == 2 * 4 + (1 if tied else 2)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*gradlite*"))
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    assert torch.equal(
+        model.generate(ids[:, :4], max_new_tokens=4, do_sample=False),
+        loaded.generate(ids[:, :4], max_new_tokens=4, do_sample=False),
+    )
+
+
+def trainer(model: nn.Module, directory: Path, steps: int, **options: Any) -> Any:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(directory), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        max_grad_norm=0.5, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, seed=1, warmup_steps=2,
+        lr_scheduler_type="cosine", learning_rate=1.0, save_strategy="steps", save_steps=3, **options,
+    )  # fmt: skip
+    settings = {"lr": 1e-2, "rank": 8, "refresh_interval": 2}
+    return transformers.Trainer(
+        model, arguments, train_dataset=Rows(), optimizer_cls_and_kwargs=(gradlite.optimizer_factory, settings)
+    )
+
+
+def test_trainer_trains_clips_accumulates_logs_and_resumes(tmp_path: Path) -> None:
+    model = llama()
+    first = trainer(model, tmp_path / "whole", 6)
+    first.train()
+    logs = [entry for entry in first.state.log_history if "grad_norm" in entry]
+    assert len(logs) == 6
+    assert all(entry["grad_norm"] > 0.5 for entry in logs[:2])  # shown before clipping
+    assert logs[-1]["loss"] < logs[0]["loss"]
+    assert max(entry["learning_rate"] for entry in logs) == pytest.approx(1e-2)  # GradLite's lr, the scheduler's shape
+    optimizer = getattr(first.optimizer, "optimizer", first.optimizer)
+    assert isinstance(optimizer, gradlite.GradLite)
+    assert optimizer._global_step == 6
+    resumed_model = llama()
+    again = trainer(resumed_model, tmp_path / "whole", 6)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for (name, value), other in zip(model.state_dict().items(), resumed_model.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def test_trainer_with_gradient_checkpointing(tmp_path: Path) -> None:
+    plain, saving = llama(), llama()
+    trainer(plain, tmp_path / "a", 3).train()
+    trainer(saving, tmp_path / "b", 3, gradient_checkpointing=True).train()
+    for (name, value), other in zip(plain.state_dict().items(), saving.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-4, msg=name)

@@ -1,0 +1,372 @@
+"""Accumulation, clipping, skipping, clearing, saving and bytes of the whole optimizer."""
+
+import io
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradlite
+from gradlite.attach import attachment_of
+from gradlite.attach.attachment import Attachment
+
+Build = Callable[..., nn.Module]
+Batches = Callable[..., list[Tensor]]
+Feedback = Literal["feedback", "same_step", "off"]
+
+
+def attachment(model: nn.Module) -> Attachment:
+    found = attachment_of(model)
+    assert found is not None
+    return found
+
+
+def sample_everything(model: nn.Module) -> None:
+    for collector in attachment(model).window.collectors:
+        collector.sample_count = 10_000
+
+
+def own(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own parameters, copied."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same(first: Any, second: Any) -> None:
+    """Equal to the bit, through nested states."""
+    if isinstance(first, Tensor):
+        assert first.dtype == second.dtype
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same(first[key], second[key])
+    elif isinstance(first, (list, tuple)):
+        for a, b in zip(first, second, strict=True):
+            assert_same(a, b)
+    else:
+        assert first == second
+
+
+EXACT: dict[str, Any] = {"lr": 2e-3, "rank": 6, "moments": "fp32", "feedback_memory": "fp32", "refresh_interval": 3}
+
+
+# ---- accumulation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("feedback", ["feedback", "same_step", "off"])
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_micro_batches_equal_one_batch(pieces: int, feedback: Feedback, tiny_model: Build, batches: Batches) -> None:
+    whole, split = tiny_model(), tiny_model()
+    optimizers = [gradlite.GradLite(model, feedback=feedback, **EXACT) for model in (whole, split)]
+    for model in (whole, split):
+        sample_everything(model)
+    for step, ids in enumerate(batches(8, 4)):
+        whole(ids).backward()
+        for part in ids.chunk(1 if step == 0 else pieces):  # the first bases come from one batch, the same for both
+            (split(part) / (1 if step == 0 else pieces)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for (name, first), second in zip(own(whole).items(), own(split).values(), strict=True):
+            torch.testing.assert_close(first, second, rtol=0, atol=1e-9, msg=name)
+
+
+# ---- clipping ---------------------------------------------------------------------------------------------------------
+
+
+def dense_gradients(model: nn.Module) -> list[Tensor]:
+    """``C Pᵀ + R̂`` of every projected weight and the exact gradient of every other."""
+    result = []
+    for collector in attachment(model).window.collectors:
+        grad, basis, sample = collector.coordinates.grad, collector.basis.matrix_NR, collector.sample
+        assert grad is not None
+        assert basis is not None
+        dense = grad @ basis.T
+        result.append(dense if sample is None else dense + sample.left_KM.T @ sample.right_KN)
+    plain = [entry.name for entry in attachment(model).coverage.entries if entry.kind == "plain"]
+    gradients = [model.get_parameter(name).grad for name in plain]
+    assert all(gradient is not None for gradient in gradients)
+    return result + [gradient for gradient in gradients if gradient is not None]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("feedback", ["feedback", "off"])
+def test_stock_clipping_sees_the_norm_of_the_approximate_gradient(
+    feedback: Feedback, micro_batches: int, tiny_model: Build, batches: Batches
+) -> None:
+    model = tiny_model()
+    gradlite.GradLite(model, feedback=feedback, **EXACT)
+    sample_everything(model)
+    for ids in batches(micro_batches):
+        model(ids).backward()
+    wanted = torch.stack([gradient.norm() for gradient in dense_gradients(model)]).norm()
+    shown = nn.utils.clip_grad_norm_(model.parameters(), 1e9)
+    torch.testing.assert_close(shown, wanted, rtol=1e-9, atol=0)
+    if feedback == "feedback":  # all of the residual is in the sample: the norm is the exact gradient's own
+        plain = tiny_model()
+        for ids in batches(micro_batches):
+            plain(ids).backward()
+        torch.testing.assert_close(shown, nn.utils.clip_grad_norm_(plain.parameters(), 1e9), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("feedback", ["feedback", "same_step", "off"])
+@pytest.mark.parametrize("sampled", ["all", "few"])
+def test_clipping_equals_a_smaller_loss(
+    feedback: Feedback, sampled: str, tiny_model: Build, batches: Batches
+) -> None:
+    clipped, scaled = tiny_model(), tiny_model()
+    optimizers = [gradlite.GradLite(model, feedback=feedback, **EXACT) for model in (clipped, scaled)]
+    for model in (clipped, scaled) if sampled == "all" else ():
+        sample_everything(model)
+    for step, ids in enumerate(batches(8)):
+        clipped(ids).backward()
+        norm = nn.utils.clip_grad_norm_(clipped.parameters(), 0.05 * (step + 1))
+        factor = min(1.0, 0.05 * (step + 1) / (norm.item() + 1e-6))
+        assert factor < 1
+        (scaled(ids) * factor).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for (name, first), second in zip(own(clipped).items(), own(scaled).values(), strict=True):
+            torch.testing.assert_close(first, second, rtol=0, atol=1e-8, msg=name)
+
+
+def test_a_loss_scaler_changes_nothing(tiny_model: Build, batches: Batches) -> None:
+    plain, scaled = tiny_model(torch.float32), tiny_model(torch.float32)
+    optimizers = [gradlite.GradLite(model, **EXACT) for model in (plain, scaled)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for ids in batches(5):
+        plain(ids).backward()
+        optimizers[0].step()
+        scaler.scale(scaled(ids)).backward()
+        scaler.step(optimizers[1])
+        scaler.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    for (name, first), second in zip(own(plain).items(), own(scaled).values(), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5, msg=name)
+
+
+# ---- skipping and clearing --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["coordinates", "plain"])
+@pytest.mark.parametrize("when", [0, 3])
+def test_a_bad_gradient_skips_the_step(
+    bad: float, place: str, when: int, tiny_model: Build, batches: Batches
+) -> None:
+    model = tiny_model(torch.float32)
+    optimizer = gradlite.GradLite(model, lr=1e-3, rank=4)
+    for step, ids in enumerate(batches(6)):
+        loss = model(ids)
+        if step != when:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert optimizer.skipped_in_a_row == 0
+            continue
+        before, state = own(model), io.BytesIO()
+        torch.save(optimizer.state_dict()["state"], state)
+        if place == "coordinates":
+            (loss * bad).backward()
+        else:
+            loss.backward()
+            gradient = model.get_parameter("norm1.bias").grad
+            assert gradient is not None
+            gradient[3] = bad
+        optimizer.step()
+        optimizer.zero_grad()
+        assert (optimizer.skipped_steps, optimizer.skipped_in_a_row) == (1, 1)
+        assert_same(own(model), before)
+        state.seek(0)
+        assert_same(optimizer.state_dict()["state"], torch.load(state, weights_only=True))
+    assert optimizer.skipped_steps == 1  # the others went well, the first bases not being made of NaN
+    assert all(torch.isfinite(value).all() for value in own(model).values())
+
+
+@pytest.mark.parametrize("how", ["optimizer", "model", "optimizer to zero", "model to zero"])
+@pytest.mark.parametrize("abandoned", [False, True])
+def test_every_way_to_clear_gradients(how: str, abandoned: bool, tiny_model: Build, batches: Batches) -> None:
+    """Also where a backward pass is abandoned: its samples must not leak into the next step."""
+    model, fresh = tiny_model(), tiny_model()
+    optimizer, other = (gradlite.GradLite(m, feedback="same_step", **EXACT) for m in (model, fresh))
+    for m in (model, fresh):
+        sample_everything(m)
+    first, second, third = batches(3)
+
+    def clear() -> None:
+        (optimizer if how.startswith("optimizer") else model).zero_grad(set_to_none=not how.endswith("zero"))
+
+    for m, o in ((model, optimizer), (fresh, other)):
+        m(first).backward()
+        o.step()
+        clear() if m is model else o.zero_grad()
+    if abandoned:
+        model(second).backward()
+        clear()
+    for m, o in ((model, optimizer), (fresh, other)):
+        m(third).backward()
+        o.step()
+    for (name, a), b in zip(own(model).items(), own(fresh).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12, msg=name)
+
+
+def test_evaluation_between_backward_and_step_changes_nothing(tiny_model: Build, batches: Batches) -> None:
+    model, fresh = tiny_model(), tiny_model()
+    optimizers = [gradlite.GradLite(m, **EXACT) for m in (model, fresh)]
+    with torch.inference_mode():
+        model(batches(1)[0])
+    for ids in batches(4):
+        for m, optimizer in zip((model, fresh), optimizers, strict=True):
+            m(ids).backward()
+            if m is model:
+                m.eval()
+                with torch.inference_mode():
+                    m(ids)
+                with torch.no_grad():
+                    m(ids)
+                m.train()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(own(model), own(fresh))
+
+
+def test_a_weight_without_gradient_keeps_pace_with_its_basis(tiny_model: Build, batches: Batches) -> None:
+    """Where q rests while k and v move their common basis, q's moments move along."""
+    model = tiny_model()
+    optimizer = gradlite.GradLite(model, feedback="off", **{**EXACT, "refresh_interval": 1})
+    names = [name for name, _ in attachment(model).projected]
+    collector = attachment(model).window.collectors[names.index("q.weight")]
+    for step, ids in enumerate(batches(3)):
+        model(ids).backward()
+        if step == 2:
+            collector.coordinates.grad = None
+        state, old = optimizer.state[collector.coordinates], collector.basis.matrix_NR
+        moment = state["exp_avg"].clone() if step else torch.zeros(())
+        optimizer.step()
+        optimizer.zero_grad()
+    new = collector.basis.matrix_NR
+    assert old is not None
+    assert new is not None
+    assert not torch.equal(old, new)
+    torch.testing.assert_close(optimizer.state[collector.coordinates]["exp_avg"], moment @ (old.T @ new))
+
+
+def test_closures_and_param_groups(tiny_model: Build, batches: Batches) -> None:
+    model = tiny_model()
+    groups = [{"params": "q.weight", "lr": 0.0}, {"params": ["norm*", "*.bias"], "lr": 0.0}]
+    optimizer = gradlite.GradLite(model, lr=1e-3, rank=4, weight_decay=0.1, groups=groups)
+    before, (ids,) = own(model), batches(1)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = model(ids)
+        loss.backward()
+        return float(loss.item())
+
+    assert optimizer.step(closure) == pytest.approx(tiny_model()(ids).item())
+    moved = {name for name, value in own(model).items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in before if name != "q.weight" and not name.startswith("norm") and "bias" not in name}
+    with pytest.raises(gradlite.GradLiteError, match="'nothing'"):
+        gradlite.GradLite(model, groups=[{"params": "nothing"}])
+    with pytest.raises(gradlite.GradLiteError, match="unknown setting 'momentum'"):
+        gradlite.GradLite(model, groups=[{"params": "q.weight", "momentum": 1.0}])
+
+
+# ---- saving -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("feedback", "memory", "moments"),
+    [
+        ("feedback", "factored", "int8"),
+        ("feedback", "int4", "fp32"),
+        ("feedback", "fp32", "int8"),
+        ("same_step", "factored", "int8"),
+        ("off", "factored", "fp32"),
+    ],
+)
+def test_resuming_is_exact_to_the_bit(
+    dtype: torch.dtype, feedback: Feedback, memory: str, moments: str, batches: Batches
+) -> None:
+    def build() -> nn.Module:  # wide enough that moments are coded
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Embedding(600, 32), nn.Linear(32, 48), nn.LayerNorm(48), nn.Linear(48, 600)).to(dtype)
+
+    def start(model: nn.Module) -> tuple[gradlite.GradLite, torch.optim.lr_scheduler.LRScheduler]:
+        optimizer = gradlite.GradLite(
+            model, lr=1e-2, rank=8, feedback=feedback, feedback_memory=memory, moments=moments, refresh_interval=2  # type: ignore[arg-type]
+        )
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+
+    def train(model: nn.Module, optimizer: gradlite.GradLite, scheduler: Any, data: list[Tensor]) -> None:
+        for ids in data:
+            model(ids).float().square().mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+    data = batches(8)
+    whole = build()
+    whole_optimizer, whole_scheduler = start(whole)
+    train(whole, whole_optimizer, whole_scheduler, data[:4])
+    file = io.BytesIO()
+    saved = (whole.state_dict(), whole_optimizer.state_dict(), whole_scheduler.state_dict())
+    torch.save(saved, file)
+    train(whole, whole_optimizer, whole_scheduler, data[4:])
+    file.seek(0)
+    weights, state, schedule = torch.load(file, weights_only=True)
+    resumed = build()
+    resumed.load_state_dict(weights)
+    optimizer, scheduler = start(resumed)
+    optimizer.load_state_dict(state)
+    scheduler.load_state_dict(schedule)
+    train(resumed, optimizer, scheduler, data[4:])
+    assert_same(own(resumed), own(whole))
+    assert_same(optimizer.state_dict(), whole_optimizer.state_dict())
+    assert any("codes" in name for s in state["state"].values() for name in s) == ("int8" == moments or memory == "int4")
+
+
+def test_loading_a_state_before_the_first_step(tiny_model: Build, batches: Batches) -> None:
+    """As accelerate does when it prepares an optimizer."""
+    model, fresh = tiny_model(), tiny_model()
+    optimizer, other = (gradlite.GradLite(m, **EXACT) for m in (model, fresh))
+    optimizer.load_state_dict(optimizer.state_dict())
+    for ids in batches(3):
+        for m, o in ((model, optimizer), (fresh, other)):
+            m(ids).backward()
+            o.step()
+            o.zero_grad()
+    assert_same(own(model), own(fresh))
+
+
+# ---- bytes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, {"feedback": "same_step"}, {"feedback": "off", "moments": "fp32"}])
+@pytest.mark.parametrize("memory", ["factored", "int4", "fp32"])
+def test_expected_bytes_are_the_bytes_that_exist(
+    dtype: torch.dtype, settings: dict[str, Any], memory: Any, tiny_model: Build, batches: Batches
+) -> None:
+    model = tiny_model(dtype)
+    optimizer = gradlite.GradLite(model, rank=8, feedback_memory=memory, refresh_interval=100, **settings)
+    for ids in batches(2):
+        optimizer.zero_grad()
+        model(ids).backward()
+        for collector in attachment(model).window.collectors:
+            assert not collector.basis.due
+        if optimizer.state:
+            assert optimizer.state_bytes() == optimizer.expected_bytes()
+        optimizer.step()
+    assert optimizer.state_bytes()["residual sample"] == 0
+    assert optimizer.expected_bytes()["weights"] == sum(value.nbytes for value in {id(p): p for p in own_parameters(model)}.values())
+
+
+def own_parameters(model: nn.Module) -> list[Tensor]:
+    return [p for name, p in model.named_parameters() if "gradlite" not in name]

