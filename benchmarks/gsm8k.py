@@ -10,14 +10,13 @@ problems. One JSON line a run is appended to the record; runs that stand there a
 import argparse
 import json
 import math
-import platform
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from record import append, describe
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -161,13 +160,9 @@ def main() -> None:
             "lr": lr,
             "seed": seed,
             **train(method, options, lr, seed, train_rows, held_out),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "date": time.strftime("%Y-%m-%d"),
-            "command": f"python benchmarks/gsm8k.py --data-dir DIR --out {arguments.out} --only {name}",
+            **describe(),
         }
-        with arguments.out.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        append(arguments.out, record)
         print(f"{record['run']}: {record['start_held_out_loss']:.4f} → {record['held_out_loss']:.4f}, {record['seconds']} s")
         sys.stdout.flush()
 

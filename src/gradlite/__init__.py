@@ -38,7 +38,7 @@ def __dir__() -> list[str]:
 
 
 class _Door(ModuleType):
-    """Keeps ``gradlite.attach`` the function: importing the package of that name would bind the package in its place."""
+    """Keeps ``gradlite.attach`` the function: importing the package of that name would put the package in its place."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _HOME and isinstance(value, ModuleType)):

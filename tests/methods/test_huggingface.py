@@ -73,9 +73,9 @@ def trainer(model: nn.Module, directory: Path, steps: int, **options: Any) -> An
     arguments = transformers.TrainingArguments(
         output_dir=str(directory), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2,
         max_grad_norm=0.5, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, seed=1, warmup_steps=2,
-        lr_scheduler_type="cosine", learning_rate=1.0, save_strategy="steps", save_steps=3, **options,
+        lr_scheduler_type="cosine", learning_rate=1.0, save_strategy="steps", save_steps=5, **options,
     )  # fmt: skip
-    settings = {"lr": 1e-2, "rank": 8, "refresh_interval": 2}
+    settings = {"lr": 5e-3, "rank": 8, "refresh_interval": 2}
     return transformers.Trainer(
         model, arguments, train_dataset=Rows(), optimizer_cls_and_kwargs=(gradlite.optimizer_factory, settings)
     )
@@ -83,19 +83,19 @@ def trainer(model: nn.Module, directory: Path, steps: int, **options: Any) -> An
 
 def test_trainer_trains_clips_accumulates_logs_and_resumes(tmp_path: Path) -> None:
     model = llama()
-    first = trainer(model, tmp_path / "whole", 6)
+    first = trainer(model, tmp_path / "whole", 10)
     first.train()
     logs = [entry for entry in first.state.log_history if "grad_norm" in entry]
-    assert len(logs) == 6
+    assert len(logs) == 10
     assert all(entry["grad_norm"] > 0.5 for entry in logs[:2])  # shown before clipping
-    assert logs[-1]["loss"] < logs[0]["loss"]
-    assert max(entry["learning_rate"] for entry in logs) == pytest.approx(1e-2)  # GradLite's lr, the scheduler's shape
+    assert logs[-1]["loss"] < logs[0]["loss"] - 0.2
+    assert max(entry["learning_rate"] for entry in logs) == pytest.approx(5e-3)  # GradLite's lr, the scheduler's shape
     optimizer = getattr(first.optimizer, "optimizer", first.optimizer)
     assert isinstance(optimizer, gradlite.GradLite)
-    assert optimizer._global_step == 6
+    assert optimizer._global_step == 10
     resumed_model = llama()
-    again = trainer(resumed_model, tmp_path / "whole", 6)
-    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    again = trainer(resumed_model, tmp_path / "whole", 10)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
     for (name, value), other in zip(model.state_dict().items(), resumed_model.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
 

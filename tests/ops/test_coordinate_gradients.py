@@ -1,6 +1,7 @@
 """``C.grad = G P`` and exact input and bias gradients, against ordinary autograd in float64."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from gradlite.ops.linear import Absorb, subspace_linear
 from gradlite.subspace.basis import random_basis
 
 ROWS, WIDTH, RANK = 20, 12, 5
-CLOSE = {"rtol": 0.0, "atol": 1e-10}
+CLOSE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-10}
 
 
 def basis() -> Tensor:
@@ -70,7 +71,9 @@ def test_shared_input_and_two_uses_of_one_weight_add_up() -> None:
     def outputs(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> Tensor:
         return (first(x) * second(x)).sum() + first(x.tanh()).square().sum()
 
-    exact = torch.autograd.grad(outputs(lambda t: F.linear(t, weight), lambda t: F.linear(t, other)), [x, weight, other])
+    exact = torch.autograd.grad(
+        outputs(lambda t: F.linear(t, weight), lambda t: F.linear(t, other)), [x, weight, other]
+    )
     outputs(
         lambda t: subspace_linear(t, weight, None, coordinates, project(basis())),
         lambda t: subspace_linear(t, other, None, other_coordinates, project(basis())),
@@ -150,16 +153,18 @@ def test_factors_agree_with_the_matrix_they_stand_for(kind: str) -> None:
     ids = torch.randint(0, ROWS, (9,))
     left = torch.randn(9, ROWS, dtype=torch.float64) if kind == "dense" else F.one_hot(ids, ROWS).double()
     factors: GradientFactors = DenseFactors(left, right) if kind == "dense" else LookupFactors(ids, right, ROWS)
-    z, probe, rows = torch.randn(9, 4, dtype=torch.float64), torch.randn(ROWS, 4, dtype=torch.float64), torch.tensor([3, 3, 0])
+    z, probe, rows = (
+        torch.randn(9, 4, dtype=torch.float64),
+        torch.randn(ROWS, 4, dtype=torch.float64),
+        torch.tensor([3, 3, 0]),
+    )
     torch.testing.assert_close(factors.left_t_matmul(z), left.T @ z, **CLOSE)
     torch.testing.assert_close(factors.left_matmul(probe), left @ probe, **CLOSE)
     torch.testing.assert_close(factors.left_norms(), left.norm(dim=1), **CLOSE)
     torch.testing.assert_close(factors.left_rows(rows), left[rows], **CLOSE)
 
 
-def test_a_whole_models_gradients(
-    tiny_model: Callable[..., nn.Module], batches: Callable[..., list[Tensor]]
-) -> None:
+def test_a_whole_models_gradients(tiny_model: Callable[..., nn.Module], batches: Callable[..., list[Tensor]]) -> None:
     import gradlite
     from gradlite.attach import attachment_of
 

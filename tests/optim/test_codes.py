@@ -85,9 +85,8 @@ def test_small_moments_beside_large_ones_make_no_giant_steps(spread: float) -> N
 def test_int8_directions_follow_exact_ones() -> None:
     g = torch.Generator().manual_seed(0)
     size = torch.exp(0.5 * torch.randn(1024, 8, generator=g))
-    pairs: list[tuple[Moments, dict[str, Tensor]]] = []
-    for memory in (Int8Moments(), FloatMoments()):
-        pairs.append((memory, memory.init(size.shape, size)))
+    formats: list[Moments] = [Int8Moments(), FloatMoments()]
+    pairs = [(memory, memory.init(size.shape, size)) for memory in formats]
     for step in range(1, 61):
         grad = size * (torch.randn(size.shape, generator=g) + 0.3)
         directions = []
@@ -127,9 +126,7 @@ def test_tiny_updates_survive_in_bfloat16_only_with_stochastic_rounding() -> Non
     for table, moved in ((noise(), True), (None, False)):
         weight = torch.ones(300, 200, dtype=torch.bfloat16)
         for step in range(20):
-            low_rank_update_(
-                weight, torch.ones(300, 1), torch.ones(200, 1), -1e-4, 1.0, noise(step) if table else None
-            )
+            low_rank_update_(weight, torch.ones(300, 1), torch.ones(200, 1), -1e-4, 1.0, noise(step) if table else None)
         change = weight.double().mean().item() - 1.0
         assert change == pytest.approx(-2e-3 if moved else 0.0, rel=0.1, abs=1e-12)
 

@@ -100,5 +100,3 @@ def test_full_rank_equals_adamw_in_a_rotated_basis(
             weight.data.copy_(turned @ rotations[name].T if name in rotations else turned)
             torch.testing.assert_close(fast.get_parameter(name), weight, rtol=0, atol=1e-8)
     assert set(rotations) >= {"embed.weight", "q.weight", "down.weight"}
-
-

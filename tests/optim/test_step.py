@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import gradlite
 from gradlite.attach import attachment_of
 from gradlite.attach.attachment import Attachment
+from gradlite.optim.moments import MomentsFormat
+from gradlite.optim.subspace_adamw import MemoryFormat
 
 Build = Callable[..., nn.Module]
 Batches = Callable[..., list[Tensor]]
@@ -52,7 +54,7 @@ def assert_same(first: Any, second: Any) -> None:
 EXACT: dict[str, Any] = {"lr": 2e-3, "rank": 6, "moments": "fp32", "feedback_memory": "fp32", "refresh_interval": 3}
 
 
-# ---- accumulation -----------------------------------------------------------------------------------------------------
+# ---- accumulation ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("feedback", ["feedback", "same_step", "off"])
@@ -73,7 +75,7 @@ def test_micro_batches_equal_one_batch(pieces: int, feedback: Feedback, tiny_mod
             torch.testing.assert_close(first, second, rtol=0, atol=1e-9, msg=name)
 
 
-# ---- clipping ---------------------------------------------------------------------------------------------------------
+# ---- clipping -------------------------------------------------------------------------------------------------------
 
 
 def dense_gradients(model: nn.Module) -> list[Tensor]:
@@ -113,9 +115,7 @@ def test_stock_clipping_sees_the_norm_of_the_approximate_gradient(
 
 @pytest.mark.parametrize("feedback", ["feedback", "same_step", "off"])
 @pytest.mark.parametrize("sampled", ["all", "few"])
-def test_clipping_equals_a_smaller_loss(
-    feedback: Feedback, sampled: str, tiny_model: Build, batches: Batches
-) -> None:
+def test_clipping_equals_a_smaller_loss(feedback: Feedback, sampled: str, tiny_model: Build, batches: Batches) -> None:
     clipped, scaled = tiny_model(), tiny_model()
     optimizers = [gradlite.GradLite(model, feedback=feedback, **EXACT) for model in (clipped, scaled)]
     for model in (clipped, scaled) if sampled == "all" else ():
@@ -149,15 +149,13 @@ def test_a_loss_scaler_changes_nothing(tiny_model: Build, batches: Batches) -> N
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5, msg=name)
 
 
-# ---- skipping and clearing --------------------------------------------------------------------------------------------
+# ---- skipping and clearing ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("place", ["coordinates", "plain"])
 @pytest.mark.parametrize("when", [0, 3])
-def test_a_bad_gradient_skips_the_step(
-    bad: float, place: str, when: int, tiny_model: Build, batches: Batches
-) -> None:
+def test_a_bad_gradient_skips_the_step(bad: float, place: str, when: int, tiny_model: Build, batches: Batches) -> None:
     model = tiny_model(torch.float32)
     optimizer = gradlite.GradLite(model, lr=1e-3, rank=4)
     for step, ids in enumerate(batches(6)):
@@ -255,6 +253,26 @@ def test_a_weight_without_gradient_keeps_pace_with_its_basis(tiny_model: Build, 
     torch.testing.assert_close(optimizer.state[collector.coordinates]["exp_avg"], moment @ (old.T @ new))
 
 
+@pytest.mark.parametrize(
+    ("feedback", "memory"), [("same_step", "factored"), ("feedback", "factored"), ("feedback", "fp32")]
+)
+def test_a_batch_that_the_basis_misses_makes_no_giant_step(feedback: Feedback, memory: MemoryFormat) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 32, bias=False)
+    start = layer.weight.detach().clone()
+    optimizer = gradlite.GradLite(
+        layer, lr=1e-3, rank=8, feedback=feedback, feedback_memory=memory, moments="fp32", refresh_interval=2
+    )
+    for step in range(6):
+        x = torch.zeros(64, 32)
+        inputs = slice(0, 8) if step % 2 == 0 else slice(8, 32)  # C.grad is exactly zero every other time
+        x[:, inputs] = torch.randn(64, 32)[:, inputs]
+        (layer(x) - 1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (layer.weight - start).abs().max() < 1  # NaN before φ was bounded
+
+
 def test_closures_and_param_groups(tiny_model: Build, batches: Batches) -> None:
     model = tiny_model()
     groups = [{"params": "q.weight", "lr": 0.0}, {"params": ["norm*", "*.bias"], "lr": 0.0}]
@@ -269,14 +287,16 @@ def test_closures_and_param_groups(tiny_model: Build, batches: Batches) -> None:
 
     assert optimizer.step(closure) == pytest.approx(tiny_model()(ids).item())
     moved = {name for name, value in own(model).items() if not torch.equal(value, before[name])}
-    assert moved == {name for name in before if name != "q.weight" and not name.startswith("norm") and "bias" not in name}
+    assert moved == {
+        name for name in before if name != "q.weight" and not name.startswith("norm") and "bias" not in name
+    }
     with pytest.raises(gradlite.GradLiteError, match="'nothing'"):
         gradlite.GradLite(model, groups=[{"params": "nothing"}])
     with pytest.raises(gradlite.GradLiteError, match="unknown setting 'momentum'"):
         gradlite.GradLite(model, groups=[{"params": "q.weight", "momentum": 1.0}])
 
 
-# ---- saving -----------------------------------------------------------------------------------------------------------
+# ---- saving ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -291,7 +311,7 @@ def test_closures_and_param_groups(tiny_model: Build, batches: Batches) -> None:
     ],
 )
 def test_resuming_is_exact_to_the_bit(
-    dtype: torch.dtype, feedback: Feedback, memory: str, moments: str, batches: Batches
+    dtype: torch.dtype, feedback: Feedback, memory: MemoryFormat, moments: MomentsFormat, batches: Batches
 ) -> None:
     def build() -> nn.Module:  # wide enough that moments are coded
         torch.manual_seed(1)
@@ -299,7 +319,13 @@ def test_resuming_is_exact_to_the_bit(
 
     def start(model: nn.Module) -> tuple[gradlite.GradLite, torch.optim.lr_scheduler.LRScheduler]:
         optimizer = gradlite.GradLite(
-            model, lr=1e-2, rank=8, feedback=feedback, feedback_memory=memory, moments=moments, refresh_interval=2  # type: ignore[arg-type]
+            model,
+            lr=1e-2,
+            rank=8,
+            feedback=feedback,
+            feedback_memory=memory,
+            moments=moments,
+            refresh_interval=2,
         )
         return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
 
@@ -329,7 +355,21 @@ def test_resuming_is_exact_to_the_bit(
     train(resumed, optimizer, scheduler, data[4:])
     assert_same(own(resumed), own(whole))
     assert_same(optimizer.state_dict(), whole_optimizer.state_dict())
-    assert any("codes" in name for s in state["state"].values() for name in s) == ("int8" == moments or memory == "int4")
+    assert any("codes" in name for s in state["state"].values() for name in s) == (
+        moments == "int8" or memory == "int4"
+    )
+
+
+def test_a_state_of_another_rank_is_refused(tiny_model: Build, batches: Batches) -> None:
+    model = tiny_model()
+    optimizer = gradlite.GradLite(model, rank=4)
+    model(batches(1)[0]).backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    with pytest.raises(gradlite.GradLiteError, match="rank 4"):
+        gradlite.GradLite(model, rank=6).load_state_dict(saved)
+    with pytest.raises(gradlite.GradLiteError, match="8 projected weights, this one has 7"):
+        gradlite.GradLite(model, rank=4, exclude=["o.weight"]).load_state_dict(saved)
 
 
 def test_loading_a_state_before_the_first_step(tiny_model: Build, batches: Batches) -> None:
@@ -345,7 +385,7 @@ def test_loading_a_state_before_the_first_step(tiny_model: Build, batches: Batch
     assert_same(own(model), own(fresh))
 
 
-# ---- bytes ------------------------------------------------------------------------------------------------------------
+# ---- bytes ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -365,7 +405,9 @@ def test_expected_bytes_are_the_bytes_that_exist(
             assert optimizer.state_bytes() == optimizer.expected_bytes()
         optimizer.step()
     assert optimizer.state_bytes()["residual sample"] == 0
-    assert optimizer.expected_bytes()["weights"] == sum(value.nbytes for value in {id(p): p for p in own_parameters(model)}.values())
+    assert optimizer.expected_bytes()["weights"] == sum(
+        value.nbytes for value in {id(p): p for p in own_parameters(model)}.values()
+    )
 
 
 def own_parameters(model: nn.Module) -> list[Tensor]:

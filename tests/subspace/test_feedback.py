@@ -168,6 +168,4 @@ def test_weights_receive_the_residual_that_the_memory_does_not_hold(
             change = (weight.detach() - old) / (-1e-3 * (24 / 4) ** 0.5 * ((weight.shape[1] / 24) ** 0.5))
             phi = direction.norm() / grad.norm()
             remembered = optimizer.state[collector.coordinates].get("error", torch.zeros_like(error)) - error
-            torch.testing.assert_close(
-                change - direction @ basis.T + remembered, phi * residual, rtol=1e-8, atol=1e-9
-            )
+            torch.testing.assert_close(change - direction @ basis.T + remembered, phi * residual, rtol=1e-8, atol=1e-9)

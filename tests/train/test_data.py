@@ -42,7 +42,8 @@ def test_every_layout(row: dict[str, Any], example: Any) -> None:
 
 
 def test_rows_without_an_answer_are_counted() -> None:
-    rows = [{"prompt": "q", "completion": "a"}, {"prompt": "q", "completion": ""}, {"prompt": None, "completion": "a"}]
+    pairs = (("q", "a"), ("q", ""), (None, "a"))
+    rows: list[dict[str, Any]] = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
     assert parse(rows, "data").num_empty == 2
 
 

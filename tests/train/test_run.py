@@ -101,7 +101,7 @@ def test_accumulated_micro_batches_are_one_batch(train: Train) -> None:
             assert one[key] == pytest.approx(other[key], rel=1e-3), key
 
 
-def test_packing_sees_every_token_and_no_neighbour(train: Train) -> None:
+def test_a_packed_run_trains(train: Train) -> None:
     outcome = train(packing=True, max_steps=None, batch_size=1)
     assert outcome.record()["loss_after"] < outcome.record()["loss_before"]
 

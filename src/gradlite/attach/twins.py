@@ -39,14 +39,14 @@ class _TwinState(nn.Module):
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         with self._coordinates_hidden():
-            super()._save_to_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+            super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         with self._coordinates_hidden():
-            super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+            super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        result = super()._apply(fn, recurse)
         for parameter in self._parameters.values():
             if isinstance(parameter, Coordinates):
                 parameter.drop_storage()

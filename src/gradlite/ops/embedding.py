@@ -46,5 +46,5 @@ def subspace_embedding(
     ``ids`` integers of any shape; the result has that shape plus N. The dense M×N gradient that ``F.embedding`` makes in
     backward never exists.
     """
-    output: Tensor = _SubspaceEmbedding.apply(ids, weight_MN, coordinates_MR, padding_idx, absorb)  # type: ignore[no-untyped-call]
+    output: Tensor = _SubspaceEmbedding.apply(ids, weight_MN, coordinates_MR, padding_idx, absorb)
     return output

@@ -58,5 +58,5 @@ def subspace_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight_MN = x.to(dtype), weight_MN.to(dtype)
         bias_M = None if bias_M is None else bias_M.to(dtype)
-    output: Tensor = _SubspaceLinear.apply(x, weight_MN, bias_M, coordinates_MR, absorb)  # type: ignore[no-untyped-call]
+    output: Tensor = _SubspaceLinear.apply(x, weight_MN, bias_M, coordinates_MR, absorb)
     return output

@@ -85,7 +85,7 @@ def encode_unsigned(values: Tensor, noise: Tensor, into: Codes) -> None:
     scale = blocks.amax(1)
     unit = blocks / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
     level = _levels(unit, 4, 255.0, _noise_like(noise, unit))
-    # Adam divides by the root: a small second moment coded as zero would turn one unit of its first moment into a huge step.
+    # Adam divides by the root: a second moment coded as zero would turn one unit of its first moment into a huge step.
     into.codes.copy_(torch.where(blocks > 0, level.clamp_min(1.0), level).flatten())
     into.scale.copy_(scale)
 

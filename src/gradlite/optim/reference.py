@@ -1,8 +1,8 @@
 """The reference twin: GradLite as docs/method.md states it, in slow and readable float64. The oracle of the fast one.
 
-It gets the exact full gradient ``G`` of every weight from ordinary autograd on an ordinary model. There are no factors, no
-samples (the residual is exact), no codes, no rounding, and the error memory is a full matrix. What it does not cover is what
-those are for; they have their own tests.
+It gets the exact full gradient ``G`` of every weight from ordinary autograd on an ordinary model. There are no factors,
+no samples (the residual is exact), no codes, no rounding, and the error memory is a full matrix; those have tests of
+their own.
 
 Shape suffixes: M output width, N input width, R rank.
 """
@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gradlite.optim.subspace_adamw import PHI_LIMIT
 from gradlite.subspace.basis import INERTIA
 
 
@@ -56,7 +57,7 @@ class ReferenceBasis:
 
 
 class ReferenceGradLite:
-    """``weights``: float64 tensors by name, changed in place. ``bases``: the first bases, in the order of their refreshes.
+    """``weights``: float64, by name, changed in place. ``bases``: the first bases, in the order of their refreshes.
 
     Weights of no basis are trained by plain AdamW; vectors among them are not decayed.
     """
@@ -101,7 +102,8 @@ class ReferenceGradLite:
             G, probe = gradients[name], self.adam[name].m  # Ψ: the first moment before this step
             C, R = G @ P, G - (G @ P) @ P.T
             direction = self.adam[name].direction(C)
-            phi = direction.norm() / C.norm()
+            usual = (self.adam[name].v / self.adam[name].corrections()[1]).mean().sqrt()
+            phi = torch.minimum(direction.norm() / C.norm(), PHI_LIMIT / usual)
             update_MN[name] = direction @ P.T
             if self.feedback == "same_step":
                 update_MN[name] = update_MN[name] + phi * R

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradlite.errors import GradLiteError
 from gradlite.optim.adam import adam_direction_
 from gradlite.optim.moments import MomentsFormat, moments_for
 from gradlite.optim.rounding import NoiseTable, dense_update_, low_rank_update_
@@ -29,6 +30,9 @@ from gradlite.subspace.basis import refreshed_basis
 from gradlite.subspace.collector import Basis, Collector, Coordinates, Window
 from gradlite.subspace.feedback import ErrorMemory, FactoredMemory, FullMemory, Int4Memory
 from gradlite.subspace.transport import transport_moments
+
+PHI_LIMIT = 3.0
+"""How far φ may exceed ``1/√mean(v̂)``: never reached while gradients stay within a third of their usual size."""
 
 Feedback = Literal["feedback", "same_step", "off"]
 MemoryFormat = Literal["factored", "int4", "fp32"]
@@ -140,9 +144,8 @@ class SubspaceAdamW(Optimizer):
             state.update(moments.init(param.shape, param))
         assert param.grad is not None
         exp_avg, exp_avg_sq = moments.read(state, param.shape)
-        direction = adam_direction_(
-            param.grad.to(exp_avg.dtype), exp_avg, exp_avg_sq, _tick(state), *group["betas"], group["eps"]
-        )
+        grad, (beta1, beta2) = param.grad.to(exp_avg.dtype), group["betas"]
+        direction = adam_direction_(grad, exp_avg, exp_avg_sq, _tick(state), beta1, beta2, group["eps"])
         moments.write(state, exp_avg, exp_avg_sq, noise)
         decay = 1.0 - float(group["lr"]) * group["weight_decay"]
         dense_update_(param, direction, -float(group["lr"]), decay, self._rounding(noise))
@@ -240,6 +243,7 @@ class SubspaceAdamW(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`. Unlike torch's own loader it never casts a state to the parameter's dtype."""
         saved = state_dict["subspace"]
+        self._check_fits(saved)
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         params = [param for group in self.param_groups for param in group["params"]]
         for index, state in state_dict["state"].items():
@@ -255,6 +259,22 @@ class SubspaceAdamW(Optimizer):
         self.skipped_in_a_row = saved["skipped_in_a_row"]
         self._window.clear()
         self._mark_due()
+
+    def _check_fits(self, saved: dict[str, Any]) -> None:
+        there, here = saved["basis_of"], self._window.collectors
+        if len(there) != len(here):
+            raise GradLiteError(
+                f"the saved optimizer has {len(there)} projected weights, this one has {len(here)}; "
+                "load it with the same model, include and exclude."
+            )
+        for collector, index in zip(here, there, strict=True):
+            matrix = saved["bases"][index]
+            wanted = (collector.basis.width, collector.basis.rank)
+            if matrix is not None and tuple(matrix.shape) != wanted:
+                raise GradLiteError(
+                    f"the saved optimizer has a basis of width {matrix.shape[0]} and rank {matrix.shape[1]} where this "
+                    f"one has width {wanted[0]} and rank {wanted[1]}; load it with the same model and rank."
+                )
 
     def _restore_bases(self, saved: dict[str, Any]) -> None:
         restored: dict[int, Basis] = {}
@@ -349,6 +369,9 @@ class _MemberStep:
         )
         tiny = torch.finfo(grad_MR.dtype).tiny
         self.phi = torch.linalg.vector_norm(self.direction_MR) / torch.linalg.vector_norm(grad_MR).clamp_min(tiny)
+        # A gradient that hardly enters the basis would make φ boundless; Adam's own mean unit 1/√v̂ bounds it.
+        total = (self.exp_avg_sq_MR.sum() / (1.0 - beta2**self.step)).clamp_min(tiny)
+        self.phi = torch.minimum(self.phi, PHI_LIMIT * (grad_MR.numel() / total).sqrt())
         self.sample_scale = self.phi * clip.to(grad_MR.dtype)
         if self._remembers() and collector.sample is not None:
             optimizer._memory.add(self.state, collector.sample, self.sample_scale)

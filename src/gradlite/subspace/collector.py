@@ -9,7 +9,7 @@ A *window* is what lies between two optimizer steps: one backward pass, or sever
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class Coordinates(nn.Parameter):
 
     def __new__(cls, shape: tuple[int, ...], like: Tensor) -> "Coordinates":
         data = torch.zeros((), dtype=like.dtype, device=like.device).expand(shape)
-        return torch.Tensor._make_subclass(cls, data, True)  # type: ignore[return-value]
+        return torch.Tensor._make_subclass(cls, data, True)
 
     def numel(self) -> int:
         return 0
@@ -85,9 +85,9 @@ class Window:
         state["_recent"] = deque(maxlen=8)
         return state
 
-    def __setstate__(self, state: dict[str, object]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        device, generator_state = state["generator"]  # type: ignore[misc]
+        device, generator_state = state["generator"]
         self.generator = torch.Generator(device=device)
         self.generator.set_state(generator_state)
 

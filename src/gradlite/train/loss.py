@@ -1,8 +1,8 @@
 """The loss: per-token cross-entropy over the answer, whose logits alone are computed; and its mean over held-out data.
 
-The model's own head is called (as a module), never its weight matrix: an attached head takes part in training through
-its coordinates. TRL's fused head multiplies by `lm_head.weight` itself and would pass them by, which is why TRL's
-trainer is not used here.
+The model's own head is called (as a module), never its weight matrix. TRL's fused head multiplies by `lm_head.weight`
+itself: with an attached head that makes the head's full gradient for a moment in every step, which is what GradLite is
+there to avoid, and so TRL's trainer is not used here.
 """
 
 import inspect

@@ -44,7 +44,7 @@ class Progress:
 
     def show_evaluation(self, step: int, loss: float) -> None:
         """Show a held-out loss, above the live line."""
-        self.console.print(f"step {step}  held-out loss {loss:.4f}")
+        self.console.print(Text(f"step {step}  held-out loss {loss:.4f}"))
 
 
 def progress_line(report: StepReport) -> Text:

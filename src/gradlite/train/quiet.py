@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import datasets
 from rich.console import Console
+from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 _LIBRARIES = r"(torch|transformers|trl|datasets|accelerate|huggingface_hub|gguf|multiprocess|pyarrow)(\..*)?"
@@ -25,7 +26,7 @@ def quiet_libraries(console: Console) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=_LIBRARIES)
             warnings.showwarning = lambda message, *_args, **_keywords: console.print(
-                f"warning: {message}", style="yellow"
+                Text(f"warning: {message}", style="yellow")
             )
             yield
     finally:
