@@ -30,15 +30,16 @@ class ShadowedMemory(FullMemory):
     """The exact memory, with the short formats beside it."""
 
     def __init__(self, generator: torch.Generator) -> None:
-        self.formats = {"factored": error_memory("factored", lambda: generator), "int4": error_memory("int4", lambda: generator)}
+        self.formats = {
+            "factored": error_memory("factored", lambda: generator),
+            "int4": error_memory("int4", lambda: generator),
+        }
         self.shadows: dict[int, dict[str, MemoryState]] = {}
         self.lost: dict[str, list[float]] = defaultdict(list)
 
     def init(self, rows: int, width: int, rank: int, like: Tensor) -> MemoryState:
         state = super().init(rows, width, rank, like)
-        self.shadows[id(state["error"])] = {
-            name: memory.init(rows, width, rank, like) for name, memory in self.formats.items()
-        }
+        self.shadows[id(state["error"])] = {name: memory.init(rows, width, rank, like) for name, memory in self.formats.items()}
         return state
 
     def add(self, state: MemoryState, sample: ResidualSample, scale: Tensor) -> None:
@@ -76,7 +77,12 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
     for name, lost in memory.lost.items():
-        figures = {"memory": name, "steps": STEPS, "additions": len(lost), "mean_lost_share": round(sum(lost) / len(lost), 4)}
+        figures = {
+            "memory": name,
+            "steps": STEPS,
+            "additions": len(lost),
+            "mean_lost_share": round(sum(lost) / len(lost), 4),
+        }
         figures["max_lost_share"] = round(max(lost), 4)
         append(arguments.out, {**figures, **describe()})
         print(figures)

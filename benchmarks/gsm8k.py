@@ -40,9 +40,7 @@ def encode(rows: list[dict[str, str]], tokenizer: Any) -> list[Batch]:
         if all(label == -100 for label in labels):
             continue
         padding = LENGTH - len(ids)
-        encoded.append(
-            (torch.tensor(ids + [tokenizer.pad_token_id] * padding), torch.tensor(labels + [-100] * padding))
-        )
+        encoded.append((torch.tensor(ids + [tokenizer.pad_token_id] * padding), torch.tensor(labels + [-100] * padding)))
     return encoded
 
 

@@ -24,7 +24,11 @@ def describe() -> dict[str, Any]:
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()},
+        "machine": {
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "cuda": torch.cuda.is_available(),
+        },
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
         "date": time.strftime("%Y-%m-%d"),
     }

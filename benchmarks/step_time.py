@@ -48,7 +48,11 @@ def measure(method: str, **options: Any) -> dict[str, Any]:
         "options": options,
         "tokens_per_step": ids.numel(),
         "forward_backward_seconds": {"median": round(statistics.median(passes), 3), "sum": round(sum(passes), 3)},
-        "step_seconds": {"median": round(statistics.median(steps), 3), "max": round(max(steps), 3), "sum": round(sum(steps), 3)},
+        "step_seconds": {
+            "median": round(statistics.median(steps), 3),
+            "max": round(max(steps), 3),
+            "sum": round(sum(steps), 3),
+        },
         "step_over_forward_backward": round(sum(steps) / sum(passes), 4),
         "tokens_per_second": round(ids.numel() * MEASURED / (sum(passes) + sum(steps)), 1),
     }
@@ -61,7 +65,13 @@ def main() -> None:
     for method, options in (("gradlite", {}), ("gradlite", {"feedback": "off"}), ("adamw", {})):
         record = measure(method, **options)
         append(arguments.out, {**record, **describe()})
-        print(method, options, record["step_over_forward_backward"], record["step_seconds"], record["forward_backward_seconds"])
+        print(
+            method,
+            options,
+            record["step_over_forward_backward"],
+            record["step_seconds"],
+            record["forward_backward_seconds"],
+        )
 
 
 if __name__ == "__main__":

@@ -3,24 +3,22 @@
 The one public door. Importing it starts neither transformers nor CUDA; what it names is loaded on first use.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gradlite.errors import GradLiteError
 
 if TYPE_CHECKING:
-    from gradlite.attach import Coverage, attach, detach
+    from gradlite.attaching import Coverage, attach, detach
     from gradlite.methods.gradlite import GradLite, optimizer_factory
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Coverage": "gradlite.attach",
+    "Coverage": "gradlite.attaching",
     "GradLite": "gradlite.methods.gradlite",
-    "attach": "gradlite.attach",
-    "detach": "gradlite.attach",
+    "attach": "gradlite.attaching",
+    "detach": "gradlite.attaching",
     "optimizer_factory": "gradlite.methods.gradlite",
 }
 
@@ -35,14 +33,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME])
-
-
-class _Door(ModuleType):
-    """Keeps ``gradlite.attach`` the function: importing the package of that name would put the package in its place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Door

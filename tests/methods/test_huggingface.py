@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import gradlite
-from gradlite.attach import attachment_of
+from gradlite.attaching import attachment_of
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("default")  # what third parties warn of is not ours to fail on

@@ -71,9 +71,7 @@ def test_shared_input_and_two_uses_of_one_weight_add_up() -> None:
     def outputs(first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> Tensor:
         return (first(x) * second(x)).sum() + first(x.tanh()).square().sum()
 
-    exact = torch.autograd.grad(
-        outputs(lambda t: F.linear(t, weight), lambda t: F.linear(t, other)), [x, weight, other]
-    )
+    exact = torch.autograd.grad(outputs(lambda t: F.linear(t, weight), lambda t: F.linear(t, other)), [x, weight, other])
     outputs(
         lambda t: subspace_linear(t, weight, None, coordinates, project(basis())),
         lambda t: subspace_linear(t, other, None, other_coordinates, project(basis())),
@@ -166,7 +164,7 @@ def test_factors_agree_with_the_matrix_they_stand_for(kind: str) -> None:
 
 def test_a_whole_models_gradients(tiny_model: Callable[..., nn.Module], batches: Callable[..., list[Tensor]]) -> None:
     import gradlite
-    from gradlite.attach import attachment_of
+    from gradlite.attaching import attachment_of
 
     model, plain = tiny_model(), tiny_model()
     gradlite.attach(model, rank=5)

@@ -41,7 +41,7 @@ def test_codes_are_within_one_step_and_keep_signs_zeros_and_maxima(signed: bool,
     x = values(*shape) if signed else values(*shape).square()
     x.view(-1)[3] = 0.0
     decoded = roundtrip(x, signed, noise())
-    top, power = (127.0, 2) if signed else (255.0, 4)
+    top, power = (127.0, 1) if signed else (255.0, 8)
     flat, back = x.flatten(), decoded.flatten()
     for start in range(0, flat.numel(), 256):
         block, got = flat[start : start + 256], back[start : start + 256]
@@ -67,8 +67,8 @@ def test_zeros_stay_zero() -> None:
         assert torch.equal(roundtrip(torch.zeros(300), signed, noise()), torch.zeros(300))
 
 
-@pytest.mark.parametrize("spread", [1.0, 2.0, 4.0])
-def test_small_moments_beside_large_ones_make_no_giant_steps(spread: float) -> None:
+@pytest.mark.parametrize(("spread", "bound"), [(1.0, 2.0), (2.0, 3.5), (4.0, 6.0)])
+def test_small_moments_beside_large_ones_make_no_giant_steps(spread: float, bound: float) -> None:
     """A second moment coded as zero would: with spread 2 the largest step was 5e5, where exact moments give 1."""
     g = torch.Generator().manual_seed(0)
     size = torch.exp(spread * torch.randn(4096, 4, generator=g))
@@ -78,7 +78,7 @@ def test_small_moments_beside_large_ones_make_no_giant_steps(spread: float) -> N
     for step in range(1, 61):
         m, v = memory.read(state, size.shape)
         direction = adam_direction_(size * torch.randn(size.shape, generator=g), m, v, step, 0.9, 0.999, 1e-8)
-        assert direction.abs().max() < 100
+        assert direction.abs().max() < bound
         memory.write(state, m, v, noise(step))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import gradlite
-from gradlite.attach import attachment_of
+from gradlite.attaching import attachment_of
 from gradlite.optim.reference import ReferenceBasis, ReferenceGradLite
 
 Feedback = Literal["feedback", "same_step", "off"]
@@ -72,9 +72,7 @@ def test_full_rank_equals_adamw_in_a_rotated_basis(
     tied: bool, tiny_model: Callable[..., nn.Module], batches: Callable[..., list[Tensor]]
 ) -> None:
     fast, plain = tiny_model(tied=tied), tiny_model(tied=tied)
-    optimizer = gradlite.GradLite(
-        fast, lr=2e-3, rank=1.0, feedback="off", moments="fp32", basis="random", weight_decay=0.05
-    )
+    optimizer = gradlite.GradLite(fast, lr=2e-3, rank=1.0, feedback="off", moments="fp32", basis="random", weight_decay=0.05)
     rotations: dict[str, Tensor] = {}
     rotated: dict[str, nn.Parameter] = {}
     oracle: torch.optim.Optimizer | None = None

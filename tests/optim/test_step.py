@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import gradlite
-from gradlite.attach import attachment_of
-from gradlite.attach.attachment import Attachment
+from gradlite.attaching import attachment_of
+from gradlite.attaching.attachment import Attachment
 from gradlite.optim.moments import MomentsFormat
 from gradlite.optim.subspace_adamw import MemoryFormat
 
@@ -253,9 +253,7 @@ def test_a_weight_without_gradient_keeps_pace_with_its_basis(tiny_model: Build, 
     torch.testing.assert_close(optimizer.state[collector.coordinates]["exp_avg"], moment @ (old.T @ new))
 
 
-@pytest.mark.parametrize(
-    ("feedback", "memory"), [("same_step", "factored"), ("feedback", "factored"), ("feedback", "fp32")]
-)
+@pytest.mark.parametrize(("feedback", "memory"), [("same_step", "factored"), ("feedback", "factored"), ("feedback", "fp32")])
 def test_a_batch_that_the_basis_misses_makes_no_giant_step(feedback: Feedback, memory: MemoryFormat) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(32, 32, bias=False)
@@ -287,9 +285,7 @@ def test_closures_and_param_groups(tiny_model: Build, batches: Batches) -> None:
 
     assert optimizer.step(closure) == pytest.approx(tiny_model()(ids).item())
     moved = {name for name, value in own(model).items() if not torch.equal(value, before[name])}
-    assert moved == {
-        name for name in before if name != "q.weight" and not name.startswith("norm") and "bias" not in name
-    }
+    assert moved == {name for name in before if name != "q.weight" and not name.startswith("norm") and "bias" not in name}
     with pytest.raises(gradlite.GradLiteError, match="'nothing'"):
         gradlite.GradLite(model, groups=[{"params": "nothing"}])
     with pytest.raises(gradlite.GradLiteError, match="unknown setting 'momentum'"):
@@ -355,9 +351,7 @@ def test_resuming_is_exact_to_the_bit(
     train(resumed, optimizer, scheduler, data[4:])
     assert_same(own(resumed), own(whole))
     assert_same(optimizer.state_dict(), whole_optimizer.state_dict())
-    assert any("codes" in name for s in state["state"].values() for name in s) == (
-        moments == "int8" or memory == "int4"
-    )
+    assert any("codes" in name for s in state["state"].values() for name in s) == (moments == "int8" or memory == "int4")
 
 
 def test_a_state_of_another_rank_is_refused(tiny_model: Build, batches: Batches) -> None:

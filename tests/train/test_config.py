@@ -122,11 +122,7 @@ def test_none_takes_back_what_the_file_sets(tmp_path: Path) -> None:
         *[("lr", value) for value in ("0", "-1e-4", "nan", "inf", "fast", True, None)],
         *[("betas", value) for value in ("0.9", "0.9,1", "-0.1,0.9", "0.9,nan", "0.9,0.9,0.9", "a,b", 0.9)],
         *[("warmup", value) for value in ("-1", "1.5", "nan", True)],
-        *[
-            (key, value)
-            for key in ("batch_size", "accumulation", "refresh_interval")
-            for value in ("0", "1.5", "x", True)
-        ],
+        *[(key, value) for key in ("batch_size", "accumulation", "refresh_interval") for value in ("0", "1.5", "x", True)],
         *[(key, "0") for key in ("max_steps", "eval_every", "save_every", "eval_examples", "epochs", "eps")],
         *[(key, "-0.1") for key in ("weight_decay", "max_grad_norm")],
         *[("name", value) for value in ("a/b", "..", "", " ", "a\\b")],

@@ -158,9 +158,7 @@ def test_held_out_rows_are_taken_out_of_training(write: Write, tokenizer: PreTra
 
 def test_what_is_cut_and_dropped_is_told(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [*ROWS, {"prompt": "long " * 40, "completion": "lost"}, {"prompt": "q", "completion": "long " * 40}]
-    data = load_data(
-        config(write("a.jsonl", rows), seq_len=60, eval_dataset=str(write("b.jsonl", ROWS[:1]))), tokenizer
-    )
+    data = load_data(config(write("a.jsonl", rows), seq_len=60, eval_dataset=str(write("b.jsonl", ROWS[:1]))), tokenizer)
     assert any("1 examples were dropped" in notice for notice in data.notices)
     assert any("1 examples were cut" in notice for notice in data.notices)
 

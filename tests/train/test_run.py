@@ -127,9 +127,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("options", [{"dtype": "float32"}, {"dtype": "bfloat16", "accumulation": 2, "max_steps": 8}])
-def test_a_resumed_run_equals_the_uninterrupted_one(
-    train: Train, interrupt_after: Any, options: dict[str, Any]
-) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one(train: Train, interrupt_after: Any, options: dict[str, Any]) -> None:
     settings = {"save_every": 3, "eval_every": 2, **options}
     whole = train(name="whole", **settings)
     interrupt_after(5)

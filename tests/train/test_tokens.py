@@ -45,9 +45,7 @@ def turns(*pairs: tuple[str, str]) -> tuple[dict[str, str], ...]:
 def test_question_and_answer_on_smollm2(smollm2: PreTrainedTokenizerBase) -> None:
     tokens = one(smollm2, Pair("What is 2+2?", "It is 4.", ""))
     assert texts(smollm2, tokens, trained=True) == ["It", " is", " ", "4", ".", "<|im_end|>"]
-    question = (
-        f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n"
-    )
+    question = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n"
     assert smollm2.decode(tokens.question) == question
     assert marked(smollm2, tokens)[-1] == ("\n", False)  # the template's line break after the end of the turn
     assert tokens.question + tokens.answer == tokens.ids[:-1]

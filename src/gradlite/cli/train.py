@@ -14,9 +14,7 @@ def train(
     context: typer.Context,
     config: Annotated[
         Path | None,
-        typer.Option(
-            metavar="PATH", help="YAML file with the same keys as the flags (underscores for dashes); flags win."
-        ),
+        typer.Option(metavar="PATH", help="YAML file with the same keys as the flags (underscores for dashes); flags win."),
     ] = None,
     **flags: object,
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from gradlite.attach import Coverage, attach, attachment_of
+from gradlite.attaching import Coverage, attach, attachment_of
 from gradlite.errors import GradLiteError
 from gradlite.optim.moments import MomentsFormat
 from gradlite.optim.subspace_adamw import Feedback, MemoryFormat, SubspaceAdamW
@@ -23,8 +23,10 @@ _CHOICES = {
 class GradLite(SubspaceAdamW):
     """Full-parameter AdamW in low-rank coordinates, with error feedback. Source: docs/method.md.
 
-    >>> optimizer = gradlite.GradLite(model, lr=1e-4, rank=1/16)
-    >>> loss.backward(); optimizer.step(); optimizer.zero_grad()
+    >>> optimizer = gradlite.GradLite(model, lr=1e-4, rank=1 / 16)
+    >>> loss.backward()
+    ... optimizer.step()
+    ... optimizer.zero_grad()
 
     Accumulation, ``clip_grad_norm_(model.parameters(), …)``, schedulers and ``state_dict`` work as with any optimizer. The
     learning rate is AdamW's: the update in coordinates is scaled by ``√(width/rank)``.
@@ -77,7 +79,13 @@ class GradLite(SubspaceAdamW):
             )
         _check_numbers(lr, betas, eps, weight_decay, refresh_interval)
         self.coverage: Coverage = attach(
-            model, rank=rank, basis=basis, sample_residual=feedback != "off", include=include, exclude=exclude, seed=seed
+            model,
+            rank=rank,
+            basis=basis,
+            sample_residual=feedback != "off",
+            include=include,
+            exclude=exclude,
+            seed=seed,
         )
         attachment = attachment_of(model)
         assert attachment is not None
@@ -112,9 +120,7 @@ class optimizer_factory:  # noqa: N801 - used like a function, in the place of a
         return GradLite(model, **kwargs)
 
 
-def _check_numbers(
-    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, refresh_interval: int
-) -> None:
+def _check_numbers(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, refresh_interval: int) -> None:
     ranges: list[tuple[str, float, bool, Literal["at least 0", "in [0, 1)", "at least 1"]]] = [
         ("lr", lr, float(lr) >= 0.0, "at least 0"),
         ("betas[0]", betas[0], 0.0 <= betas[0] < 1.0, "in [0, 1)"),
@@ -141,8 +147,7 @@ def _param_groups(
         name: collector.coordinates for (name, _), collector in zip(projected, window.collectors, strict=True)
     }
     plain = {entry.name for entry in coverage.entries if entry.kind == "plain"}
-    own = {name: parameter for name, parameter in model.named_parameters()}
-    own = {name.removeprefix("_orig_mod."): parameter for name, parameter in own.items()}
+    own = {name.removeprefix("_orig_mod."): parameter for name, parameter in model.named_parameters()}
     trained.update({name: own[name] for name in own if name in plain})
     groups: list[dict[str, Any]] = []
     for override in overrides:
@@ -153,7 +158,7 @@ def _param_groups(
         settings = {key: value for key, value in override.items() if key != "params"}
         unknown = set(settings) - set(defaults)
         if unknown:
-            raise GradLiteError(f"unknown setting {sorted(unknown)[0]!r} in a group; known: {', '.join(defaults)}.")
+            raise GradLiteError(f"unknown setting {min(unknown)!r} in a group; known: {', '.join(defaults)}.")
         groups.append({**defaults, **settings, "params": [trained.pop(name) for name in names]})
     names_by_kind = {
         "projected": [name for name in trained if name not in plain],

@@ -42,9 +42,7 @@ class _SubspaceLinear(torch.autograd.Function):
         return grad_x, None, grad_bias, grad_coordinates, None
 
 
-def subspace_linear(
-    x: Tensor, weight_MN: Tensor, bias_M: Tensor | None, coordinates_MR: Tensor, absorb: Absorb
-) -> Tensor:
+def subspace_linear(x: Tensor, weight_MN: Tensor, bias_M: Tensor | None, coordinates_MR: Tensor, absorb: Absorb) -> Tensor:
     """``F.linear(x, weight, bias)`` whose weight gradient is absorbed as coordinates.
 
     Args:

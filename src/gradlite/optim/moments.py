@@ -59,14 +59,14 @@ class FloatMoments:
 
 
 class Int8Moments:
-    """Block-wise 8-bit codes: 2.03 bytes an element (see :mod:`gradlite.optim.codes`)."""
+    """Block-wise 8-bit codes of ``m/√v`` and ``v``: 2.03 bytes an element (see :mod:`gradlite.optim.codes`)."""
 
     def init(self, shape: torch.Size, like: Tensor) -> State:
         first = empty_codes(shape.numel(), signed=True, device=like.device)
         second = empty_codes(shape.numel(), signed=False, device=like.device)
         return {
-            "exp_avg_codes": first.codes,
-            "exp_avg_scale": first.scale,
+            "ratio_codes": first.codes,
+            "ratio_scale": first.scale,
             "exp_avg_sq_codes": second.codes,
             "exp_avg_sq_scale": second.scale,
         }
@@ -76,18 +76,19 @@ class Int8Moments:
 
     def read(self, state: State, shape: torch.Size) -> tuple[Tensor, Tensor]:
         turned = torch.Size(reversed(shape))
-        first = decode_signed(Codes(state["exp_avg_codes"], state["exp_avg_scale"]), turned)
+        ratio = decode_signed(Codes(state["ratio_codes"], state["ratio_scale"]), turned)
         second = decode_unsigned(Codes(state["exp_avg_sq_codes"], state["exp_avg_sq_scale"]), turned)
         axes = tuple(reversed(range(len(shape))))
-        return first.permute(axes), second.permute(axes)
+        return ratio.mul_(second.sqrt()).permute(axes), second.permute(axes)
 
     def write(self, state: State, exp_avg: Tensor, exp_avg_sq: Tensor, noise: NoiseTable) -> None:
         axes = tuple(reversed(range(exp_avg.dim())))
-        places = len(state["exp_avg_codes"])
-        first = Codes(state["exp_avg_codes"], state["exp_avg_scale"])
-        second = Codes(state["exp_avg_sq_codes"], state["exp_avg_sq_scale"])
-        encode_signed(exp_avg.permute(axes), noise.take_unit(places), first)
-        encode_unsigned(exp_avg_sq.permute(axes), noise.take_unit(places), second)
+        places = len(state["ratio_codes"])
+        second = exp_avg_sq.permute(axes)
+        ratio = exp_avg.permute(axes) / second.sqrt().clamp_min_(torch.finfo(torch.float32).tiny)
+        encode_signed(ratio, noise.take_unit(places), Codes(state["ratio_codes"], state["ratio_scale"]))
+        into = Codes(state["exp_avg_sq_codes"], state["exp_avg_sq_scale"])
+        encode_unsigned(second, noise.take_unit(places), into)
 
 
 MIN_CODED_ELEMENTS = 4096

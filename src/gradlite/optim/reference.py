@@ -110,7 +110,7 @@ class ReferenceGradLite:
             if self.feedback == "feedback":
                 self.error_MN[name] += phi * R
             if due:
-                Y = Y + G.T @ probe + self.error_MN[name].T @ probe / phi
+                Y = Y + G.T @ probe
         if due and rank < width:
             basis.matrix_NR = new = orth(Y / Y.norm() + INERTIA * P / P.norm())
             for name in basis.members:

@@ -8,6 +8,8 @@ weight costs more than the update itself on a CPU, so one table a step is drawn 
 each weight's rounding is still uniform and fresh every step; what is shared is noise among distant weights.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -16,19 +18,32 @@ TABLE = 1 << 20
 
 
 class NoiseTable:
-    """Uniform random 16-bit integers and uniform floats in [0, 1) for one step, drawn from ``generator``."""
+    """Uniform random 16-bit integers and uniform floats in [0, 1) for one step, drawn from ``generator`` when first asked."""
 
     def __init__(self, generator: torch.Generator, device: torch.device) -> None:
-        self.bits = torch.empty(TABLE + TILE, dtype=torch.int32, device=generator.device)
-        self.bits.random_(0, 1 << 16, generator=generator)
-        self.bits = self.bits.to(device)
-        self.unit = self.bits.float().div_(1 << 16)
-        self._offsets = torch.randint(0, TABLE, (4096,), generator=generator, device=generator.device).tolist()
+        self._generator = generator
+        self._device = device
         self._next = 0
+
+    @cached_property
+    def bits(self) -> Tensor:
+        """The table, int32 values in [0, 65536)."""
+        bits = torch.empty(TABLE + TILE, dtype=torch.int32, device=self._generator.device)
+        return bits.random_(0, 1 << 16, generator=self._generator).to(self._device)
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """The table as float32 in [0, 1)."""
+        return self.bits.float().div_(1 << 16)
+
+    @cached_property
+    def _offsets(self) -> list[int]:
+        drawn = torch.randint(0, TABLE, (4096,), generator=self._generator, device=self._generator.device)
+        return [int(offset) for offset in drawn.tolist()]
 
     def _offset(self) -> int:
         self._next = (self._next + 1) % len(self._offsets)
-        return int(self._offsets[self._next])
+        return self._offsets[self._next]
 
     def take_bits(self, count: int) -> Tensor:
         """``count`` ≤ TILE int32 values in [0, 65536)."""

@@ -5,13 +5,13 @@ Shape suffixes: M output width, N input width, R rank, K sampled tokens.
 For every projected weight, in one step (docs/method.md, sections 3 to 5):
 
 1. ``Ũ`` (M×R): AdamW's direction from ``C.grad`` and the coordinates' moments.
-2. the residual sample goes, in update units ``φ = ‖Ũ‖/‖C.grad‖``, to the error memory (``feedback``) or at once to the
-   weight (``same_step``).
-3. where the basis is due: it is refreshed from the window's sketch ``GᵀΨ + eᵀΨ/φ``, the moments move along, and what the
-   memory holds inside the new basis is released to the weight.
+2. the residual sample goes, in update units ``φ = ‖Ũ‖/‖C.grad‖`` and shrunk to its signal ``κ``, to the error memory
+   (``feedback``) or at once to the weight (``same_step``).
+3. where the basis is due: it is refreshed from the window's sketch ``GᵀΨ``, the moments move along, and what the memory
+   holds inside the new basis is released to the weight.
 4. one fused write: ``W ← (1 − ηλ)W − η s [Ũ Pᵀ + (eP')P'ᵀ]``, ``s = √(n/r)``, rounded stochastically in bfloat16.
 
-This module knows tensors and collectors; models belong to :mod:`gradlite.attach` and :mod:`gradlite.methods`.
+This module knows tensors and collectors; models belong to :mod:`gradlite.attaching` and :mod:`gradlite.methods`.
 """
 
 from collections import defaultdict
@@ -199,10 +199,6 @@ class SubspaceAdamW(Optimizer):
             return None
         assert basis.matrix_NR is not None
         sketch_NR = basis.sketch_NR.to(steps[0].direction_MR.dtype) * clip
-        if self._feedback == "feedback" and self._window.kind == "gradient":
-            for member in steps:
-                if member.collector.probe_MR is not None:
-                    sketch_NR = sketch_NR + member.remembered_pull()
         return refreshed_basis(sketch_NR, basis.matrix_NR)
 
     def _mark_due(self) -> None:
@@ -355,24 +351,22 @@ class _MemberStep:
         coordinates = collector.coordinates
         assert coordinates.grad is not None
         self.state = optimizer.state[coordinates]
-        self.moments = moments_for(
-            optimizer._moments, collector.rows * collector.basis.rank, coordinates.dtype
-        )
+        self.moments = moments_for(optimizer._moments, collector.rows * collector.basis.rank, coordinates.dtype)
         if not self.state:
             self._init_state(coordinates)
         self.exp_avg_MR, self.exp_avg_sq_MR = self.moments.read(self.state, coordinates.shape)
         grad_MR = coordinates.grad.to(self.exp_avg_MR.dtype)
         self.step = _tick(self.state)
         beta1, beta2 = group["betas"]
-        self.direction_MR = adam_direction_(
-            grad_MR, self.exp_avg_MR, self.exp_avg_sq_MR, self.step, beta1, beta2, group["eps"]
-        )
+        self.direction_MR = adam_direction_(grad_MR, self.exp_avg_MR, self.exp_avg_sq_MR, self.step, beta1, beta2, group["eps"])
         tiny = torch.finfo(grad_MR.dtype).tiny
-        self.phi = torch.linalg.vector_norm(self.direction_MR) / torch.linalg.vector_norm(grad_MR).clamp_min(tiny)
+        phi = torch.linalg.vector_norm(self.direction_MR) / torch.linalg.vector_norm(grad_MR).clamp_min(tiny)
         # A gradient that hardly enters the basis would make φ boundless; Adam's own mean unit 1/√v̂ bounds it.
         total = (self.exp_avg_sq_MR.sum() / (1.0 - beta2**self.step)).clamp_min(tiny)
-        self.phi = torch.minimum(self.phi, PHI_LIMIT * (grad_MR.numel() / total).sqrt())
-        self.sample_scale = self.phi * clip.to(grad_MR.dtype)
+        phi = torch.minimum(phi, PHI_LIMIT * (grad_MR.numel() / total).sqrt())
+        self.sample_scale = phi * clip.to(grad_MR.dtype)
+        if collector.sample is not None:
+            self.sample_scale = self.sample_scale * collector.signal_share().to(grad_MR.dtype)
         if self._remembers() and collector.sample is not None:
             optimizer._memory.add(self.state, collector.sample, self.sample_scale)
 
@@ -387,14 +381,6 @@ class _MemberStep:
 
     def _remembers(self) -> bool:
         return self.optimizer._feedback == "feedback" and self.collector.basis.rank < self.collector.basis.width
-
-    def remembered_pull(self) -> Tensor:
-        """``eᵀΨ/φ`` (N×R): the memory's part of the sketch, back in gradient units."""
-        probe_MR = self.collector.probe_MR
-        assert probe_MR is not None
-        probe_MR = probe_MR.to(self.direction_MR.dtype)
-        tiny = torch.finfo(probe_MR.dtype).tiny
-        return self.optimizer._memory.pull_back(self.state, probe_MR) / self.phi.clamp_min(tiny)
 
     def finish(self, basis_NR: Tensor, new_NR: Tensor | None, noise: NoiseTable) -> tuple[Tensor, Tensor]:
         """Stores the moments and returns the weight's update as two factors, M×S and N×S."""

@@ -37,7 +37,9 @@ def gradient_basis(factors: GradientFactors, start_NR: Tensor, iterations: int =
     basis_NR = start_NR
     for _ in range(iterations):
         coordinates_MR = factors.left_t_matmul(factors.right_TN @ basis_NR)
-        basis_NR = orthonormalize(pull_back(factors, coordinates_MR))
+        pulled_NR = pull_back(factors, coordinates_MR)
+        # A gradient of zero (the layer above starts at zero, say) names no direction: the start is kept.
+        basis_NR = torch.where((pulled_NR != 0).any(), orthonormalize(pulled_NR), basis_NR)
     return basis_NR
 
 

@@ -112,7 +112,7 @@ class Window:
         self._squared_norm = None
         self.residual_norm.grad = None
         for collector in self.collectors:
-            collector.sample = None
+            collector.sample, collector.diagonal, collector.num_tokens = None, None, 0
         for basis in self.bases():
             basis.sketch_NR = None
 
@@ -173,6 +173,9 @@ class Collector:
         self.basis = Basis(width, rank)
         self.coordinates = Coordinates((rows, rank), like)
         self.sample: ResidualSample | None = None
+        self.diagonal: Tensor | None = None
+        """``Σ_t w_t²`` over the window's tokens, a scalar."""
+        self.num_tokens = 0
         self.probe_MR: Tensor | None = None
         """While the basis is due: the first moment's direction, the left side of the power iteration."""
         window.collectors.append(self)
@@ -231,10 +234,35 @@ class Collector:
         self.basis.sketch_NR = sketch_NR if held is None else held + sketch_NR
 
     def _sample(self, factors: GradientFactors, basis_NR: Tensor, inside_TR: Tensor) -> Tensor:
-        before = None if self.sample is None else self.sample.off_diagonal()
+        before = None if self.sample is None else self.residual_squared()[0]
         sample, diagonal = sample_residual(factors, basis_NR, inside_TR, self.sample_count, self.window.generator)
-        if self.sample is not None:
+        self.num_tokens += factors.right_TN.shape[0]
+        if self.sample is not None and self.diagonal is not None:
             sample = merge_samples(self.sample, sample, self.sample_count, self.window.generator)
-        self.sample = sample
-        change = diagonal + sample.off_diagonal()
-        return change if before is None else change - before
+            diagonal = self.diagonal + diagonal
+        self.sample, self.diagonal = sample, diagonal
+        after = self.residual_squared()[0]
+        return after if before is None else after - before
+
+    def residual_squared(self) -> tuple[Tensor, Tensor]:
+        """The window's estimate of ``‖R‖²`` (may be negative), and ``‖R̂‖²``: scalars in float32 or wider.
+
+        ``‖R‖² = Σ_t w_t² + Σ_{s≠t} ⟨term_s, term_t⟩``. The first sum is known from every token. The second is estimated by
+        the sample's own pairs; two of K tokens are drawn together about (K−1)/K times as often as if independently.
+        ``‖R̂‖²`` is larger than ``‖R‖²`` by the sample's variance: tenfold and more on SmolLM2 at rank n/16.
+        """
+        assert self.sample is not None
+        assert self.diagonal is not None
+        total, off_diagonal = self.sample.norms_squared()
+        count = len(self.sample.left_KM)
+        if count < self.num_tokens:
+            off_diagonal = off_diagonal * (count / (count - 1) if count > 1 else 0.0)
+        return self.diagonal + off_diagonal, total
+
+    def signal_share(self) -> Tensor:
+        """``κ = ‖R‖²/‖R̂‖²`` as estimated, in [0, 1]: the multiple of ``R̂`` that is closest to ``R`` in the mean square.
+
+        1 where every token was taken.
+        """
+        estimate, total = self.residual_squared()
+        return torch.where(total > 0, estimate / total.clamp_min(torch.finfo(total.dtype).tiny), 1.0).clamp(0.0, 1.0)

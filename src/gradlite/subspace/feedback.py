@@ -33,9 +33,6 @@ class ErrorMemory(Protocol):
     def add(self, state: MemoryState, sample: ResidualSample, scale: Tensor) -> None:
         """``e ← e + scale·R̂``; ``scale`` is a scalar tensor."""
 
-    def pull_back(self, state: MemoryState, probe_MR: Tensor) -> Tensor:
-        """``eᵀ probe`` (N×R), in the compute dtype of ``probe``."""
-
     def release(self, state: MemoryState, basis_NR: Tensor) -> Tensor:
         """Returns ``e P'`` (M×R) and leaves ``e(I − P'P'ᵀ)``."""
 
@@ -59,9 +56,6 @@ class FullMemory:
     def add(self, state: MemoryState, sample: ResidualSample, scale: Tensor) -> None:
         error_MN = state["error"]
         error_MN.addmm_((sample.left_KM.to(error_MN.dtype) * scale).T, sample.right_KN.to(error_MN.dtype))
-
-    def pull_back(self, state: MemoryState, probe_MR: Tensor) -> Tensor:
-        return state["error"].T @ probe_MR.to(state["error"].dtype)
 
     def release(self, state: MemoryState, basis_NR: Tensor) -> Tensor:
         error_MN = state["error"]
@@ -124,9 +118,6 @@ class Int4Memory:
         error_MN.addmm_((sample.left_KM.float() * scale.float()).T, sample.right_KN.float())
         self._store(state, error_MN)
 
-    def pull_back(self, state: MemoryState, probe_MR: Tensor) -> Tensor:
-        return (self.dense(state).T @ probe_MR.float()).to(probe_MR.dtype)
-
     def release(self, state: MemoryState, basis_NR: Tensor) -> Tensor:
         error_MN = self.dense(state)
         released_MR = error_MN @ basis_NR.float()
@@ -164,10 +155,6 @@ class FactoredMemory:
         left, right = truncate_product(left, right, len(state["error_left"]))
         state["error_left"].copy_(left)
         state["error_right"].copy_(right)
-
-    def pull_back(self, state: MemoryState, probe_MR: Tensor) -> Tensor:
-        compute = probe_MR.dtype
-        return state["error_right"].to(compute).T @ (state["error_left"].to(compute) @ probe_MR)
 
     def release(self, state: MemoryState, basis_NR: Tensor) -> Tensor:
         compute = _compute(state["error_left"])

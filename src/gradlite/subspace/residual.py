@@ -22,19 +22,11 @@ class ResidualSample(NamedTuple):
     left_KM: Tensor
     right_KN: Tensor
 
-    def squared_norm(self) -> Tensor:
-        """``‖R̂‖²`` (Frobenius), a scalar in float32 or wider, from the two K×K Gram matrices."""
-        compute = torch.promote_types(self.left_KM.dtype, torch.float32)
-        return self._gram(compute).sum().clamp_min(0.0)
-
-    def off_diagonal(self) -> Tensor:
-        """``Σ_{s≠t} ⟨term_s, term_t⟩``, a scalar in float32 or wider: the sample's estimate of the same sum over all tokens.
-
-        With the diagonal ``Σ_t w_t²``, which is known from every token, it estimates ``‖R‖²``. ``‖R̂‖²`` itself is larger
-        than ``‖R‖²`` by the sample's variance (on SmolLM2 with rank n/16 by a factor of ten to thirty).
-        """
+    def norms_squared(self) -> tuple[Tensor, Tensor]:
+        """``‖R̂‖²`` (Frobenius) and its off-diagonal part ``Σ_{s≠t} ⟨term_s, term_t⟩``: scalars in float32 or wider."""
         gram_KK = self._gram(torch.promote_types(self.left_KM.dtype, torch.float32))
-        return gram_KK.sum() - gram_KK.diagonal().sum()
+        total = gram_KK.sum()
+        return total, total - gram_KK.diagonal().sum()
 
     def _gram(self, compute: torch.dtype) -> Tensor:
         left_KM, right_KN = self.left_KM.to(compute), self.right_KN.to(compute)

@@ -27,9 +27,7 @@ class Answer:
 
 
 @torch.no_grad()
-def answer_questions(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Tokens]
-) -> list[Answer]:
+def answer_questions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Tokens]) -> list[Answer]:
     """Let the model answer the questions of the first few `examples`. Uses no random numbers."""
     was_training = model.training
     model.eval()

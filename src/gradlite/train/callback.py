@@ -58,9 +58,7 @@ class RunCallback(TrainerCallback):
         self._started = time.perf_counter()
         self._tokens_before = state.num_input_tokens_seen
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
         seconds = max(time.perf_counter() - self._started, 1e-9)
         rate = (state.num_input_tokens_seen - self._tokens_before) / seconds
         self._smooth_rate = _smoothed(self._smooth_rate, rate)

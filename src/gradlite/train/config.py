@@ -136,9 +136,7 @@ class TrainConfig(BaseModel):
     lr: float = _setting(1e-4, TRAINING, "a number above 0", "Peak learning rate, on AdamW's usual scale.", gt=0)
     batch_size: int = _setting(4, TRAINING, "a whole number, 1 or more", "Sequences in one micro-batch.", ge=1)
     accumulation: int = _setting(1, TRAINING, "a whole number, 1 or more", "Micro-batches in one step.", ge=1)
-    epochs: float = _setting(
-        1.0, TRAINING, "a number above 0", "Passes over the data, unless --max-steps is given.", gt=0
-    )
+    epochs: float = _setting(1.0, TRAINING, "a number above 0", "Passes over the data, unless --max-steps is given.", gt=0)
     max_steps: int | None = _setting(
         None, TRAINING, "a whole number of at least 1, or none", "Stop after this many optimizer steps.", ge=1
     )
@@ -158,9 +156,7 @@ class TrainConfig(BaseModel):
     dtype: Literal["bfloat16", "float32"] = _setting(
         "bfloat16", TRAINING, "'bfloat16' or 'float32'", "Number format of the weights and of the computation."
     )
-    seed: int = _setting(
-        0, TRAINING, "a whole number from 0 to 4294967295", "Seed of everything random.", ge=0, le=2**32 - 1
-    )
+    seed: int = _setting(0, TRAINING, "a whole number from 0 to 4294967295", "Seed of everything random.", ge=0, le=2**32 - 1)
 
     eval_examples: int = _setting(
         64, EVALUATION, "a whole number, 1 or more", "Held-out examples that the evaluation uses.", ge=1
@@ -305,9 +301,7 @@ class TrainConfig(BaseModel):
         if not problem["loc"]:
             raise GradLiteError(str(problem["ctx"]["error"]))
         key = str(problem["loc"][0])
-        label, given = (
-            (flag_of(key), from_flags[key]) if key in from_flags else (f"{key} in {config_file}", from_file[key])
-        )
+        label, given = (flag_of(key), from_flags[key]) if key in from_flags else (f"{key} in {config_file}", from_file[key])
         raise GradLiteError(f"{label} is {_shown(given)}, but it must be {accepts_of(cls.model_fields[key])}.")
 
 

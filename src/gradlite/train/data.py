@@ -45,9 +45,7 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
         train_rows, held_out_rows = source.train, other.held_out or other.train
         held_out_name = config.eval_dataset
     else:
-        train_rows, held_out_rows = (
-            (source.train, source.held_out) if source.held_out else _split_off(source.train, config)
-        )
+        train_rows, held_out_rows = (source.train, source.held_out) if source.held_out else _split_off(source.train, config)
         held_out_name = config.dataset
     held_out_rows = _sample(held_out_rows, config.eval_examples)
     parsed = parse(train_rows, config.dataset)
@@ -123,9 +121,7 @@ def _tokenize(
             f"{name}: {tokenized.num_dropped} examples were dropped: cut to {config.seq_len} tokens, no answer is left."
         )
     if tokenized.num_cut > tokenized.num_dropped:
-        notices.append(
-            f"{name}: {tokenized.num_cut - tokenized.num_dropped} examples were cut to {config.seq_len} tokens."
-        )
+        notices.append(f"{name}: {tokenized.num_cut - tokenized.num_dropped} examples were cut to {config.seq_len} tokens.")
     if tokenized.num_rewritten:
         notices.append(
             f"{name}: in {tokenized.num_rewritten} conversations the chat template renders earlier turns differently "

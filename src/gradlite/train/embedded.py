@@ -57,9 +57,7 @@ def python_help() -> tuple[list[Row], list[Row]]:
     rows = sorted(_rows(_documented()), key=lambda row: _number(row["prompt"], "order"))
     train = [row for row in rows if not _is_held_out(row["module"])]
     if len(train) < MIN_ROWS:
-        raise GradLiteError(
-            f"this Python documents too little of itself for the data set python-help: {len(train)} rows."
-        )
+        raise GradLiteError(f"this Python documents too little of itself for the data set python-help: {len(train)} rows.")
     known = {fingerprint(row["completion"]) for row in train}
     return train, [row for row in rows if _is_held_out(row["module"]) and fingerprint(row["completion"]) not in known]
 

@@ -49,9 +49,7 @@ def load_model_and_tokenizer(name: str, dtype: str) -> tuple[PreTrainedModel, Pr
     else:
         model, tokenizer = _from_pretrained(name, weight_dtype)
     if getattr(model.config, "quantization_config", None) is not None:
-        raise GradLiteError(
-            f"model {name!r} is quantised; all weights can only be trained in the model's unquantised form."
-        )
+        raise GradLiteError(f"model {name!r} is quantised; all weights can only be trained in the model's unquantised form.")
     return model, tokenizer
 
 
@@ -60,9 +58,7 @@ def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or name.endswith(".gguf")
 
 
-def _from_pretrained(
-    source: str, dtype: torch.dtype, **options: Any
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _from_pretrained(source: str, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)

@@ -3,7 +3,7 @@
 from rich.table import Table
 
 import gradlite
-from gradlite.attach.coverage import Kind
+from gradlite.attaching.coverage import Kind
 from gradlite.train.config import TrainConfig
 from gradlite.train.data import Data
 from gradlite.train.words import in_bytes, in_count
@@ -23,9 +23,7 @@ def overview(
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column()
-    table.add_row(
-        "model", f"{config.model}: {in_count(coverage.num_elements())} parameters, {config.dtype}, on {device}"
-    )
+    table.add_row("model", f"{config.model}: {in_count(coverage.num_elements())} parameters, {config.dtype}, on {device}")
     for kind, what in _KINDS:
         entries = [entry for entry in coverage.entries if entry.kind == kind]
         ranks = sorted({entry.rank for entry in entries if entry.rank})
@@ -47,7 +45,6 @@ def overview(
     tokens_in_step = data.num_tokens / num_sequences * in_step
     table.add_row(
         "steps",
-        f"{steps:,} of {config.accumulation} × {config.batch_size} sequences, "
-        f"about {in_count(steps * tokens_in_step)} tokens",
+        f"{steps:,} of {config.accumulation} × {config.batch_size} sequences, about {in_count(steps * tokens_in_step)} tokens",
     )
     return table

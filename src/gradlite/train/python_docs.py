@@ -150,9 +150,7 @@ def _signature(thing: object, name: str) -> str | None:
 
 
 # What ends the prose: an indented line, an example, a list, a table, a grammar rule, a definition `name(arguments)`.
-_NOT_PROSE = re.compile(
-    r"\s|>>>|XXX|\(\w+, .*\) = |[-*+|=~#:.@]|\d+\.|\w+\s*(::=|--|\s-\s)|(class )?[\w.]+\(.*\)$|\w+\.\w+$"
-)
+_NOT_PROSE = re.compile(r"\s|>>>|XXX|\(\w+, .*\) = |[-*+|=~#:.@]|\d+\.|\w+\s*(::=|--|\s-\s)|(class )?[\w.]+\(.*\)$|\w+\.\w+$")
 _SIGNATURE = re.compile(r"[\w.]+\(.*?\)\s*(->.*)?$")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s")
 

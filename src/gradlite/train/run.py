@@ -71,9 +71,7 @@ class _Run:
         steps = num_steps(self.config, len(train), trainer.args.world_size)
         checkpoint = self.directory.last_checkpoint() if self.config.resume else None
         if self.config.resume and checkpoint is None and not self.directory.is_finished:
-            self.console.print(
-                Text("there is no checkpoint to resume from; beginning at the first step"), style="yellow"
-            )
+            self.console.print(Text("there is no checkpoint to resume from; beginning at the first step"), style="yellow")
         if self.directory.is_finished and self.config.resume:
             done = (self.directory.record or {}).get("steps", 0)
             if done >= steps:
@@ -114,9 +112,7 @@ class _Run:
             return {key: record[key] for key in keys}
         measured = trainer.held_out_loss()
         if not math.isfinite(measured.loss):
-            raise GradLiteError(
-                f"model {self.config.model!r} gives a held-out loss of {measured.loss} before any training."
-            )
+            raise GradLiteError(f"model {self.config.model!r} gives a held-out loss of {measured.loss} before any training.")
         self.console.print(f"held-out loss before training {measured.loss:.4f} ({measured.num_tokens:,} tokens)")
         answers = [answer.as_dict() for answer in answer_questions(self.model, tokenizer, data.held_out)]
         return dict(zip(keys, (measured.loss, measured.num_tokens, answers), strict=True))
@@ -124,9 +120,7 @@ class _Run:
     def _train(self, trainer: GradLiteTrainer, checkpoint: Path | None, steps: int) -> float:
         """Train to the last step and return the seconds it took."""
         started = time.perf_counter()
-        if (
-            checkpoint is not None and checkpoint_step(checkpoint) >= steps
-        ):  # stopped after its last step: only results are due
+        if checkpoint is not None and checkpoint_step(checkpoint) >= steps:  # stopped after its last step: only results are due
             trainer._load_from_checkpoint(str(checkpoint))
             trainer.state = type(trainer.state).load_from_json(str(checkpoint / "trainer_state.json"))
         else:
@@ -209,6 +203,4 @@ class _Run:
 def _check_reporters(config: TrainConfig) -> None:
     for reporter in config.report_to:
         if importlib.util.find_spec(reporter) is None:
-            raise GradLiteError(
-                f"--report-to {reporter} needs a package that is not installed: run `pip install {reporter}`."
-            )
+            raise GradLiteError(f"--report-to {reporter} needs a package that is not installed: run `pip install {reporter}`.")

@@ -116,9 +116,7 @@ def _read_file(file: Path) -> Rows:
     except GradLiteError:
         raise
     except Exception as error:  # pyarrow's and the csv module's errors share no base class
-        raise GradLiteError(
-            f"cannot read dataset {str(file)!r}: {str(error).strip() or type(error).__name__}"
-        ) from error
+        raise GradLiteError(f"cannot read dataset {str(file)!r}: {str(error).strip() or type(error).__name__}") from error
     raise GradLiteError(f"dataset {str(file)!r} is of no known kind; give a .jsonl, .json, .csv or .parquet file.")
 
 

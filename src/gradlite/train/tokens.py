@@ -44,8 +44,7 @@ class Tokens:
     def labels(self, train_on: str) -> list[int]:
         """The ids where the loss looks (`train_on`: "answer" or "all"), IGNORED elsewhere."""
         return [
-            token if train_on == "all" or answer else IGNORED
-            for token, answer in zip(self.ids, self.is_answer, strict=True)
+            token if train_on == "all" or answer else IGNORED for token, answer in zip(self.ids, self.is_answer, strict=True)
         ]
 
 
@@ -169,9 +168,7 @@ def _shared_prefix(first: str, second: str) -> str:
     """The longest text that two texts begin with."""
     if second.startswith(first):
         return first
-    return first[
-        : next(position for position, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1])
-    ]
+    return first[: next(position for position, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1])]
 
 
 def _num_shared(first: list[int], second: list[int]) -> int:

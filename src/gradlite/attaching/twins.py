@@ -77,9 +77,7 @@ class TwinEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Embedding.forward``."""
         self.gradlite_collector.window.open_if_cleared()
-        return subspace_embedding(
-            input, self.weight, self.gradlite_coordinates, self.padding_idx, self.gradlite_collector
-        )
+        return subspace_embedding(input, self.weight, self.gradlite_coordinates, self.padding_idx, self.gradlite_collector)
 
 
 _TWIN_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}

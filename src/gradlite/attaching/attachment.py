@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gradlite.attach.coverage import Coverage, Entry, Kind
-from gradlite.attach.rank import layer_rank, warn_if_clipped
-from gradlite.attach.twins import RESIDUAL_NORM, become_itself, become_twin, can_become_twin
+from gradlite.attaching.coverage import Coverage, Entry, Kind
+from gradlite.attaching.rank import layer_rank, warn_if_clipped
+from gradlite.attaching.twins import RESIDUAL_NORM, become_itself, become_twin, can_become_twin
 from gradlite.errors import GradLiteError
 from gradlite.ops.factors import LookupFactors
 from gradlite.subspace.collector import BasisKind, Collector, Coordinates, Window
@@ -155,9 +155,7 @@ def _why_nothing(model: nn.Module, entries: Sequence[Entry]) -> str:
     return f"{type(model).__name__} has no linear layer that GradLite could project ({found}); nothing was attached."
 
 
-def _project(
-    attachment: Attachment, name: str, weight: nn.Parameter, owners: list[nn.Module], rank: int | float
-) -> None:
+def _project(attachment: Attachment, name: str, weight: nn.Parameter, owners: list[nn.Module], rank: int | float) -> None:
     rows, width = weight.shape
     layer = layer_rank(rank, width)
     collector = Collector(attachment.window, rows, width, layer, memory_rank(layer), weight)

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import gradlite
-from gradlite.attach import attachment_of
-from gradlite.attach.attachment import Attachment
-from gradlite.attach.rank import layer_rank
-from gradlite.attach.twins import is_twin
+from gradlite.attaching import attachment_of
+from gradlite.attaching.attachment import Attachment
+from gradlite.attaching.rank import layer_rank
+from gradlite.attaching.twins import is_twin
 
 Build = Callable[..., nn.Module]
 Batches = Callable[..., list[Tensor]]
@@ -248,9 +248,7 @@ def test_moving_to_another_format(moved_at: int, tiny_model: Build, batches: Bat
         optimizer.zero_grad()
     found = attachment(model)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert {c.basis.matrix_NR.dtype for c in found.window.collectors if c.basis.matrix_NR is not None} == {
-        torch.bfloat16
-    }
+    assert {c.basis.matrix_NR.dtype for c in found.window.collectors if c.basis.matrix_NR is not None} == {torch.bfloat16}
     assert all(c.coordinates.untyped_storage().nbytes() == 2 for c in found.window.collectors)
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -465,7 +463,7 @@ def test_compiled_models_train_as_others(tiny_model: Build, batches: Batches) ->
 
 
 def test_the_door_stays_a_function() -> None:
-    import gradlite.attach.rank  # binds the package of that name
+    import gradlite.attaching.rank
 
     assert callable(gradlite.attach)
     assert gradlite.attach(nn.Linear(32, 32), rank=2).num_elements("projected") == 1024
