@@ -3,8 +3,10 @@
     python benchmarks/gsm8k.py --data-dir DIR --out benchmarks/results/gsm8k.jsonl [--only adamw-1.5e-4-s0,…]
 
 Work: GSM8K's training problems in batches of 4 × 176 tokens (chat template, answer-only loss, padded), 60 steps, cosine to
-zero with 10 warm-up steps, clipping at 1.0, bfloat16 weights; held-out loss is the mean over the answer tokens of 64 test
-problems. One JSON line a run is appended to the record; runs that stand there already are skipped, so it can be interrupted.
+zero with 10 warm-up steps, clipping at 1.0; held-out loss is the mean over the answer tokens of 64 test problems. Weights are
+float32 and layers compute in bfloat16 (autocast), for both methods; runs whose name ends in `-bf16` keep the weights in
+bfloat16 as well, which AdamW then rounds to nearest and GradLite stochastically. One JSON line a run is appended to the
+record; runs that stand there already are skipped, so it can be interrupted.
 """
 
 import argparse
@@ -53,7 +55,8 @@ def stack(items: list[Batch]) -> Batch:
 
 def loss_sum(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
     ids, labels = batch
-    logits = model(input_ids=ids).logits[:, :-1].float()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=ids).logits[:, :-1].float()
     targets = labels[:, 1:]
     total = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-100, reduction="sum")
     return total, int((targets != -100).sum())
@@ -74,27 +77,24 @@ def schedule(step: int) -> float:
 
 
 def train(
-    method: str, options: dict[str, Any], lr: float, seed: int, train_rows: list[Batch], held_out: list[Batch]
+    method: str, options: dict[str, Any], lr: float, seed: int, weights: str, train_rows: list[Batch], held_out: list[Batch]
 ) -> dict[str, Any]:
     """One run; returns its record."""
     torch.manual_seed(seed)
-    model, _ = load_model_and_tokenizer("smollm2", "bfloat16")
+    model, _ = load_model_and_tokenizer("smollm2", weights)
     model.train()
     optimizer: torch.optim.Optimizer
     if method == "adamw":
-        # The reference keeps float32 masters and moments: its best case. Autocast computes in bfloat16 as the others do.
-        model.float()
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     else:
         optimizer = gradlite.GradLite(model, lr=lr, seed=seed, **options)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     order = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    start = evaluate(model, held_out, method)
+    start = held_out_loss(model, held_out)
     losses, norms, began = [], [], time.perf_counter()
     for step in range(STEPS):
         batch = stack([train_rows[i] for i in order[step * BATCH : (step + 1) * BATCH]])
-        with torch.autocast("cpu", torch.bfloat16, enabled=method == "adamw"):
-            total, count = loss_sum(model, batch)
+        total, count = loss_sum(model, batch)
         (total / count).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
         optimizer.step()
@@ -104,26 +104,29 @@ def train(
         print(f"{step}: {losses[-1]:.4f} {norms[-1]:.2f} {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
     return {
         "start_held_out_loss": start,
-        "held_out_loss": evaluate(model, held_out, method),
+        "held_out_loss": held_out_loss(model, held_out),
         "train_losses": [round(loss, 4) for loss in losses],
         "gradient_norms": [round(norm, 3) for norm in norms],
         "seconds": round(time.perf_counter() - began, 1),
     }
 
 
-def evaluate(model: nn.Module, held_out: list[Batch], method: str) -> float:
-    with torch.autocast("cpu", torch.bfloat16, enabled=method == "adamw"):
-        return held_out_loss(model, held_out)
+Run = tuple[str, dict[str, Any], float, int, str]
 
 
-def runs() -> dict[str, tuple[str, dict[str, Any], float, int]]:
-    """Name → (method, options, learning rate, seed): the issue's grid."""
-    grid: dict[str, tuple[str, dict[str, Any], float, int]] = {}
+def runs() -> dict[str, Run]:
+    """Name → (method, options, learning rate, seed, dtype of the weights)."""
+    methods = {
+        "adamw": ("adamw", {}),
+        **{f"gradlite-n/{fraction}": ("gradlite", {"rank": 1 / fraction}) for fraction in (16, 8)},
+        **{f"gradlite-n/{fraction}-off": ("gradlite", {"rank": 1 / fraction, "feedback": "off"}) for fraction in (16, 8)},
+    }
+    grid: dict[str, Run] = {}
     for seed in (0, 1, 2):
         for lr in (6e-5, 1.5e-4, 4e-4):
-            grid[f"adamw-{lr:g}-s{seed}"] = ("adamw", {}, lr, seed)
-            for fraction in (16, 8):
-                grid[f"gradlite-n/{fraction}-{lr:g}-s{seed}"] = ("gradlite", {"rank": 1 / fraction}, lr, seed)
+            for name, (method, options) in methods.items():
+                grid[f"{name}-{lr:g}-s{seed}"] = (method, options, lr, seed, "float32")
+                grid[f"{name}-{lr:g}-s{seed}-bf16"] = (method, options, lr, seed, "bfloat16")
     return grid
 
 
@@ -131,9 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="holds gsm8k/train.jsonl and gsm8k/test.jsonl")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", default="", help="comma-separated run names; all of seed 0 without it")
-    parser.add_argument("--options", default="{}", help="JSON of further GradLite options, for experiments")
-    parser.add_argument("--tag", default="", help="appended to the run's name, for experiments")
+    parser.add_argument("--only", default="", help="comma-separated run names; all of seed 0 without it, float32")
     arguments = parser.parse_args()
     _, tokenizer = load_model_and_tokenizer("smollm2", "bfloat16")
     files = {name: (arguments.data_dir / "gsm8k" / f"{name}.jsonl").read_text() for name in ("train", "test")}
@@ -145,19 +146,20 @@ def main() -> None:
     if arguments.out.exists():
         done = {json.loads(line)["run"] for line in arguments.out.read_text().splitlines()}
     grid = runs()
-    chosen = [name for name in arguments.only.split(",") if name] or [name for name in grid if name.endswith("-s0")]
+    first_seed = [name for name in grid if name.endswith("-s0") and "-off" not in name]
+    chosen = [name for name in arguments.only.split(",") if name] or first_seed
     for name in chosen:
-        method, options, lr, seed = grid[name]
-        if name + arguments.tag in done:
+        method, options, lr, seed, weights = grid[name]
+        if name in done:
             continue
-        options = {**options, **(json.loads(arguments.options) if method == "gradlite" else {})}
         record = {
-            "run": name + arguments.tag,
+            "run": name,
             "method": method,
             "options": options,
             "lr": lr,
             "seed": seed,
-            **train(method, options, lr, seed, train_rows, held_out),
+            "weights": weights,
+            **train(method, options, lr, seed, weights, train_rows, held_out),
             **describe(),
         }
         append(arguments.out, record)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from gradlite.ops.factors import DenseFactors, GradientFactors, LookupFactors
 from gradlite.subspace.basis import random_basis
+from gradlite.subspace.collector import Collector, Window
 from gradlite.subspace.residual import (
     ResidualSample,
     inclusion_probabilities,
@@ -172,3 +173,24 @@ def test_norm_estimate_needs_no_second_pass() -> None:
     assert abs(torch.stack(estimates).mean() - squared) < 0.05 * squared
     even, basis, exact = even_gradient()  # where the sample's own norm says nothing
     assert draws(even, basis, 6, 200).square().sum((1, 2)).mean() > 10 * exact.square().sum()
+
+
+def test_the_shrunk_sample_is_nearer_to_the_residual_and_exact_where_every_token_is_taken() -> None:
+    factors, basis, exact = gradient()
+    window = Window("gradient", True, 3, torch.zeros((), dtype=torch.float64))
+    for count in (3, T):
+        collector = Collector(window, M, N, R, count, torch.zeros((), dtype=torch.float64))
+        collector.basis.matrix_NR = basis
+        plain, shrunk = torch.zeros(300), torch.zeros(300)
+        for draw in range(300):
+            window.clear()
+            collector(factors)
+            assert collector.sample is not None
+            estimate, share = collector.sample.left_KM.T @ collector.sample.right_KN, collector.signal_share()
+            assert 0.0 <= share <= 1.0
+            plain[draw] = (estimate - exact).square().sum()
+            shrunk[draw] = (share * estimate - exact).square().sum()
+        if count == T:
+            assert shrunk.max() < 1e-20 * exact.square().sum()
+        else:
+            assert shrunk.mean() < 0.8 * plain.mean()

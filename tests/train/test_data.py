@@ -41,6 +41,11 @@ def test_every_layout(row: dict[str, Any], example: Any) -> None:
     assert parse([row], "data").examples == [example]
 
 
+def test_columns_that_only_some_rows_have() -> None:
+    rows = [{"instruction": "q", "output": "a"}, {"instruction": "q", "input": "i", "output": "a"}]
+    assert parse(rows, "data").examples == [Pair("q", "a", "\n"), Pair("q\n\ni", "a", "\n")]
+
+
 def test_rows_without_an_answer_are_counted() -> None:
     pairs = (("q", "a"), ("q", ""), (None, "a"))
     rows: list[dict[str, Any]] = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]

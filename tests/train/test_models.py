@@ -1,9 +1,11 @@
 """Loading models: the embedded one and its cache, local ones, and what is said where there is none."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gradlite.errors import GradLiteError
 from gradlite.train import models
@@ -29,6 +31,37 @@ def test_a_damaged_model(model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(GradLiteError, match="cannot load model"):
         load_model_and_tokenizer(str(tmp_path), "float32")
+
+
+def copied(model_dir: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(model_dir, folder / "copy"))
+
+
+def test_damaged_pickled_weights_and_a_damaged_tokenizer(model_dir: Path, tmp_path: Path) -> None:
+    folder = copied(model_dir, tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(GradLiteError, match="cannot load model"):
+        load_model_and_tokenizer(str(folder), "float32")
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "added_tokens": [], "model": {"type": "none"}}')
+    with pytest.raises(GradLiteError, match="cannot load model"):
+        load_model_and_tokenizer(str(folder), "float32")
+
+
+def test_a_model_whose_files_lack_weights(model_dir: Path, tmp_path: Path) -> None:
+    folder = copied(model_dir, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(GradLiteError, match=r"1 of its weights are in no file, such as 'model\.norm\.weight'"):
+        load_model_and_tokenizer(str(folder), "float32")
+
+
+def test_sampling_settings_without_sampling_do_not_hinder_saving(model_dir: Path, tmp_path: Path) -> None:
+    folder = copied(model_dir, tmp_path)
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9}')
+    model, _ = load_model_and_tokenizer(str(folder), "float32")
+    model.save_pretrained(tmp_path / "saved")
+    assert model.generation_config.temperature == 0.6
 
 
 def test_a_quantised_model(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """A whole run on a tiny model: what it leaves, what it shows, and how it resumes, refuses and gives up."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 import yaml
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from gradlite.errors import GradLiteError
 from gradlite.train import callback as callback_module
@@ -156,7 +157,8 @@ def test_a_run_that_died_after_its_last_step_is_completed(train: Train, monkeypa
     monkeypatch.setattr("gradlite.train.answers.MAX_NEW_TOKENS", 4)
     parts = train(name="parts", save_every=3, resume=True)
     assert same(weights(whole.path), weights(parts.path))
-    assert parts.record()["num_tokens"] == whole.record()["num_tokens"]
+    for key in ("num_tokens", "skipped_steps", "state_bytes", "loss_after"):
+        assert parts.record()[key] == whole.record()[key], key
 
 
 def test_a_finished_run_is_kept_unless_told_otherwise(train: Train) -> None:
@@ -169,6 +171,7 @@ def test_a_finished_run_is_kept_unless_told_otherwise(train: Train) -> None:
     assert (again.path / "model.safetensors").stat().st_mtime_ns == stamp
     replaced = train(overwrite=True, seed=1)
     assert replaced.record()["status"] == "finished"
+    assert "overwrite: false" in (replaced.path / "README.md").read_text()
     assert (replaced.path / "model.safetensors").stat().st_mtime_ns != stamp
 
 
@@ -268,12 +271,35 @@ def test_weights_that_went_bad_are_not_saved(train: Train, monkeypatch: pytest.M
     assert not (tmp_path / "runs" / "run" / "model.safetensors").exists()
 
 
+def test_a_tokenizer_with_tokens_that_the_model_lacks(train: Train, model_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_dir, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["yes"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(GradLiteError, match="but the model knows"):
+        train(model=str(folder))
+
+
+def test_several_processes_are_refused(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(GradLiteError, match="in one process"):
+        train()
+
+
+def test_the_private_methods_that_ours_replace_are_still_the_trainers() -> None:
+    for name in ("_track_num_input_tokens", "_maybe_log_save_evaluate", "_get_output_dir", "_save_checkpoint"):
+        assert name in vars(GradLiteTrainer)
+        assert name in vars(Trainer)
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
         ({"model": "./nowhere"}, "not a directory with a config.json"),
         ({"dataset": "./nowhere.jsonl"}, "does not exist"),
         ({"seq_len": 8}, "nothing to train on"),
+        ({"output_dir": f"{__file__}/runs"}, "not a directory that can be written to"),
         ({"include": ["no-such-layer"]}, "no-such-layer"),
         ({"report_to": ["wandb"]}, "not installed"),
     ],

@@ -1,9 +1,11 @@
 """Which tokens the loss covers, token by token."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gradlite.train.formats import Conversation, Pair, Text, parse
@@ -119,6 +121,21 @@ def test_without_a_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     assert texts(tokenizer, text, trained=True) == ["a", "b", "c", "d", "<|im_end|>"]
     assert text.question
     assert text.answer
+
+
+def test_a_tokenizer_that_adds_the_first_and_the_last_token_itself(tokenizer: PreTrainedTokenizerBase) -> None:
+    adding: Any = copy.deepcopy(tokenizer)
+    adding.chat_template = None
+    names = ("<|im_start|>", "<|im_end|>")
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[(name, adding.convert_tokens_to_ids(name)) for name in names]
+    )
+    assert marked(adding, one(adding, Pair("a", "b", ""))) == [
+        ("<|im_start|>", False),
+        ("a", False),
+        ("b", True),
+        ("<|im_end|>", True),
+    ]
 
 
 def test_a_cut_leaves_the_beginning_of_the_answer_or_drops_the_example(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -31,13 +31,13 @@ def answer_questions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     """Let the model answer the questions of the first few `examples`. Uses no random numbers."""
     was_training = model.training
     model.eval()
-    eos = tokenizer.eos_token_id
+    stops = _stop_tokens(model, tokenizer)
     settings = GenerationConfig(
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=False,
         use_cache=True,
-        eos_token_id=eos,
-        pad_token_id=eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        eos_token_id=stops or None,
+        pad_token_id=next(iter(stops), None) if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
     generate: Any = model.generate
     answers = []
@@ -55,6 +55,13 @@ def answer_questions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     finally:
         model.train(was_training)
     return answers
+
+
+def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends an answer: the tokenizer's end token, and the model's own, which for chat models may be others as well."""
+    own = model.generation_config.eos_token_id
+    found = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return list(dict.fromkeys(token for token in found if token is not None))
 
 
 def _readable(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

@@ -64,7 +64,7 @@ def model_card(config: TrainConfig, result: Result, versions: Mapping[str, str])
 Save this as `run.yaml` and call `gradlite train --config run.yaml`.
 
 ```yaml
-{config.to_yaml().strip()}
+{config.afresh().to_yaml().strip()}
 ```
 
 Made with {", ".join(f"{name} {version}" for name, version in versions.items())}.

@@ -172,7 +172,7 @@ class TrainConfig(BaseModel):
         None,
         EVALUATION,
         "a whole number of at least 1, or none",
-        "Write a checkpoint every so many steps; none: at the end only.",
+        "Write a checkpoint every so many steps; none: only the finished model is written.",
         ge=1,
     )
     resume: bool = _setting(False, EVALUATION, "true or false", "Go on from the run's last checkpoint.")
@@ -266,6 +266,10 @@ class TrainConfig(BaseModel):
         keys = [key for key, field in TrainConfig.model_fields.items() if group_of(field) == GRADLITE]
         keywords = {key: getattr(self, key) for key in [*keys, "lr", "weight_decay", "seed"]}
         return {key: (value or None) if isinstance(value, list) else value for key, value in keywords.items()}
+
+    def afresh(self) -> Self:
+        """The same run without `resume` and `overwrite`, which say what becomes of an earlier one."""
+        return self.model_copy(update={"resume": False, "overwrite": False})
 
     def settings(self) -> dict[str, Any]:
         """All keys in the order of the fields, as plain text, numbers and lists that read back equal."""

@@ -55,6 +55,8 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
         notices.append(f"{num_repeated} training rows are held-out rows word for word and were left out.")
     if parsed.num_empty:
         notices.append(f"{parsed.num_empty} rows without a question or an answer were left out.")
+    if parsed_held_out.num_empty:
+        notices.append(f"{parsed_held_out.num_empty} held-out rows without a question or an answer were left out.")
     if not train.examples:
         raise GradLiteError(
             f"all rows of dataset {config.dataset!r} are held-out rows; give more data or another --eval-dataset."

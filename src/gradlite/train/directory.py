@@ -59,8 +59,12 @@ class RunDirectory:
 
     def check(self, config: TrainConfig) -> None:
         """Raise `GradLiteError` unless this run may use the directory: new, empty, or to be resumed or replaced."""
-        if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
-            raise GradLiteError(f"{str(self.path)!r} is not a plain directory; choose another --name or --output-dir.")
+        path = self.path.absolute()
+        nearest = next(folder for folder in (path, *path.parents) if os.access(folder, os.F_OK))
+        if not nearest.is_dir() or not os.access(nearest, os.R_OK | os.W_OK | os.X_OK):
+            raise GradLiteError(f"{str(nearest)!r} is not a directory that can be written to; choose another --output-dir.")
+        if self.path.is_symlink():
+            raise GradLiteError(f"{str(self.path)!r} is a link, not a plain directory; choose another --name or --output-dir.")
         if not self.path.exists() or not any(self.path.iterdir()):
             return
         if self.record is None:
@@ -74,8 +78,9 @@ class RunDirectory:
             self._check_same(config)
         elif self.is_finished:
             raise GradLiteError(
-                f"{str(self.path)!r} holds a finished run; give --overwrite to replace it, --resume to go on with "
-                "more steps, or another --name."
+                f"{str(self.path)!r} holds a finished run; give --overwrite to replace it, "
+                + ("--resume to go on with more steps, " if self.last_checkpoint() else "")
+                + "or another --name."
             )
         elif self.last_checkpoint():
             raise GradLiteError(
@@ -102,7 +107,7 @@ class RunDirectory:
                 self.path.rmdir()  # empty, or it would not have passed the check
         self.path.mkdir(parents=True, exist_ok=True)
         self.write_record({**record, "status": "running"})
-        write_text(self.path / CONFIG, config.model_copy(update={"resume": False, "overwrite": False}).to_yaml())
+        write_text(self.path / CONFIG, config.afresh().to_yaml())
         if checkpoint is not None:
             step = checkpoint_step(checkpoint)
             lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if self.metrics.exists() else []

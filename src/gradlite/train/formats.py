@@ -64,7 +64,7 @@ def parse(rows: Rows, name: str) -> Parsed:
 
     Raises `GradLiteError` where no layout fits the columns, a value is of the wrong type, or no row is left.
     """
-    found = tuple(rows[0])
+    found = _columns(rows)
     columns = _layout(found)
     if columns is None:
         raise GradLiteError(f"dataset {name!r} has the columns {', '.join(found) or '(none)'}, but needs {ACCEPTED}.")
@@ -76,6 +76,11 @@ def parse(rows: Rows, name: str) -> Parsed:
     if not examples:
         raise GradLiteError(f"no row of dataset {name!r} has anything in its columns {', '.join(columns)}.")
     return Parsed(examples, columns, len(rows) - len(examples))
+
+
+def _columns(rows: Rows) -> tuple[str, ...]:
+    """Every column that some row has: the objects in a JSON file need not all have the same."""
+    return tuple(getattr(rows, "column_names", None) or dict.fromkeys(column for row in rows for column in row))
 
 
 def _layout(found: Iterable[str]) -> tuple[str, ...] | None:

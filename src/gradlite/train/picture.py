@@ -11,7 +11,7 @@ _WINDOW = 20
 
 
 def draw_loss(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the lines of metrics.jsonl into a PNG file. Skipped steps leave gaps."""
+    """Draw the lines of metrics.jsonl into a PNG file. Skipped steps, whose loss is not finite, are left out."""
     steps = [(line["step"], line["loss"]) for line in metrics if line.get("loss") is not None]
     held_out = [(line["step"], line["eval_loss"]) for line in metrics if line.get("eval_loss") is not None]
     figure = Figure(figsize=(8, 4.5), layout="constrained")

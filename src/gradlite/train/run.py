@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import gradlite
 from gradlite.errors import GradLiteError
@@ -61,6 +62,7 @@ class _Run:
         model, tokenizer = load_model_and_tokenizer(self.config.model, self.config.dtype)
         self.console.print(Text(f"reading {self.config.dataset}"), style="dim")
         data = load_data(self.config, tokenizer)
+        _check_vocabulary(model, data, self.config)
         train = sequences(data.train, self.config, packed=self.config.packing)
         held_out = sequences(data.held_out, self.config, packed=False)
         with tempfile.TemporaryDirectory() as scratch:  # the Trainer makes its directory at once; ours is not due yet
@@ -68,7 +70,7 @@ class _Run:
         trainer.args.output_dir = str(self.directory.checkpoints)
         # The trainer's own references are typed loosely, and accelerate wraps its optimizer.
         self.model, self.optimizer = model, cast(gradlite.GradLite, trainer.optimizer)
-        steps = num_steps(self.config, len(train), trainer.args.world_size)
+        steps = num_steps(self.config, len(train))
         checkpoint = self.directory.last_checkpoint() if self.config.resume else None
         if self.config.resume and checkpoint is None and not self.directory.is_finished:
             self.console.print(Text("there is no checkpoint to resume from; beginning at the first step"), style="yellow")
@@ -122,6 +124,8 @@ class _Run:
         started = time.perf_counter()
         if checkpoint is not None and checkpoint_step(checkpoint) >= steps:  # stopped after its last step: only results are due
             trainer._load_from_checkpoint(str(checkpoint))
+            state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
+            self.optimizer.load_state_dict(state)  # for what it counted and holds
             trainer.state = type(trainer.state).load_from_json(str(checkpoint / "trainer_state.json"))
         else:
             with self.progress:
@@ -130,7 +134,7 @@ class _Run:
 
     def _check_outcome(self, trainer: GradLiteTrainer) -> None:
         """Raise `GradLiteError` where the run went bad: nothing of it may pass as a trained model."""
-        skipped = self.callback.skipped_steps
+        skipped = self.optimizer.skipped_steps
         if self.callback.gave_up:
             self._give_up(f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or a gradient that was not finite")
         if skipped and skipped >= trainer.state.global_step:
@@ -162,7 +166,7 @@ class _Run:
         self.model.config.use_cache = True  # which the Trainer turns off
         result = Result(
             steps=trainer.state.global_step,
-            skipped_steps=self.callback.skipped_steps,
+            skipped_steps=self.optimizer.skipped_steps,
             num_tokens=trainer.state.num_input_tokens_seen,
             seconds=seconds,
             peak_memory_bytes=peak_memory_bytes(trainer.args.device),
@@ -198,6 +202,17 @@ class _Run:
     def _record_evaluation(self, step: int, loss: float) -> None:
         self.directory.append_metrics({"step": step, "eval_loss": loss})
         self.progress.show_evaluation(step, loss)
+
+
+def _check_vocabulary(model: PreTrainedModel, data: Data, config: TrainConfig) -> None:
+    largest = max(max(tokens.ids) for tokens in [*data.train, *data.held_out])
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if largest >= rows:
+        raise GradLiteError(
+            f"the tokenizer of model {config.model!r} gives token number {largest}, but the model knows {rows} tokens only; "
+            "resize its embeddings, or use the tokenizer that belongs to it."
+        )
 
 
 def _check_reporters(config: TrainConfig) -> None:

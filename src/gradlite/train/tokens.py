@@ -84,7 +84,7 @@ class _Renderer:
 
     def tokens(self, example: Example) -> Tokens:
         if isinstance(example, Text):
-            ids = self._ids(self._ended(example.text))
+            ids = self._ended_ids(example.text)
             return Tokens(ids, [True] * len(ids), asked="")
         if isinstance(example, Conversation):
             return self._conversation(example)
@@ -98,7 +98,7 @@ class _Renderer:
 
     def _pair(self, pair: Pair) -> Tokens:
         prompt = pair.prompt + pair.separator
-        ids = self._ids(self._ended(prompt + pair.completion))
+        ids = self._ended_ids(prompt + pair.completion)
         start = _num_shared(self._prefix_ids(prompt), ids)
         return Tokens(ids, [position >= start for position in range(len(ids))], asked=pair.prompt)
 
@@ -150,9 +150,10 @@ class _Renderer:
             roles = ", ".join(turn["role"] for turn in turns)
             raise GradLiteError(f"the model's chat template does not take turns of {roles}: {error}") from error
 
-    def _ended(self, text: str) -> str:
-        eos = self.tokenizer.eos_token
-        return text if not eos or text.endswith(eos) else text + eos
+    def _ended_ids(self, text: str) -> list[int]:
+        """Ids of a text with one end token, whether or not the text or the tokenizer brings its own."""
+        ids, eos = self._ids(text), self.tokenizer.eos_token_id
+        return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
     def _ids(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])

@@ -20,6 +20,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import gradlite
+from gradlite.errors import GradLiteError
 from gradlite.train.config import TrainConfig
 from gradlite.train.loss import HeldOutLoss, held_out_loss, summed_loss
 
@@ -60,10 +61,7 @@ class GradLiteTrainer(Trainer):
         if return_outputs:
             raise NotImplementedError("most positions' logits are never computed, so there are no outputs to return")
         total, num_tokens = summed_loss(model, inputs)
-        if num_items_in_batch is None:
-            loss = total / num_tokens
-        else:  # counted over all processes, whose gradients DDP averages
-            loss = total / num_items_in_batch * self.accelerator.num_processes
+        loss = total / (num_tokens if num_items_in_batch is None else num_items_in_batch)
         return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
     def held_out_loss(self) -> HeldOutLoss:
@@ -130,7 +128,7 @@ def build_trainer(
     arguments = TrainingArguments(
         output_dir=str(checkpoint_dir),
         per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=max(4, config.batch_size),
+        per_device_eval_batch_size=config.batch_size,  # not more, or the peak would be the evaluation's
         gradient_accumulation_steps=config.accumulation,
         num_train_epochs=config.epochs,
         max_steps=-1 if config.max_steps is None else config.max_steps,
@@ -138,7 +136,7 @@ def build_trainer(
         weight_decay=config.weight_decay,
         lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
         warmup_steps=config.warmup,
-        max_grad_norm=max(0.0, config.max_grad_norm),
+        max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         bf16=False,  # the weights themselves are bf16; no autocast
         logging_steps=1,
@@ -153,6 +151,10 @@ def build_trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
     )
+    if arguments.world_size > 1:
+        raise GradLiteError("GradLite trains in one process on one device; start it without torchrun or accelerate launch.")
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # as the Trainer does for models that must not be copied onto several devices
     pad_token_id = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     trainer = GradLiteTrainer(
         model=model,
@@ -171,11 +173,11 @@ def build_trainer(
     return trainer
 
 
-def num_steps(config: TrainConfig, num_sequences: int, num_processes: int) -> int:
+def num_steps(config: TrainConfig, num_sequences: int) -> int:
     """Optimizer steps of a run, by the Trainer's own count: an incomplete last batch or step of an epoch counts."""
     if config.max_steps is not None:
         return config.max_steps
-    batches = math.ceil(num_sequences / (config.batch_size * num_processes))
+    batches = math.ceil(num_sequences / config.batch_size)
     return math.ceil(config.epochs * max(1, math.ceil(batches / config.accumulation)))
 
 
