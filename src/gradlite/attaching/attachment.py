@@ -52,8 +52,8 @@ def attach(
     rank: int | float = 1 / 16,
     basis: BasisKind = "gradient",
     sample_residual: bool = True,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
     seed: int = 0,
 ) -> Coverage:
     """Attaches coordinates to every linear and embedding layer, in place, and says what became of each parameter.
@@ -71,6 +71,8 @@ def attach(
     Raises:
         GradLiteError: a bad rank, a pattern that matches nothing, a model without a linear layer that could be projected.
     """
+    include = [include] if isinstance(include, str) else include
+    exclude = [exclude] if isinstance(exclude, str) else exclude
     model = unwrapped(model)
     detach(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -181,7 +183,7 @@ class _DenseAbsorber:
         if not self.warned:
             warnings.warn(
                 f"{self.name} is used outside its layer, so its full gradient is made for a moment in every backward pass.",
-                stacklevel=2,
+                stacklevel=1,
             )
             self.warned = True
         rows = torch.arange(weight.shape[0], device=weight.device)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -44,6 +44,8 @@ class GradLite(SubspaceAdamW):
         groups: ``[{"params": [patterns], "lr": …, "weight_decay": …}, …]``: param groups of their own, by name patterns.
         stochastic_rounding: of bfloat16 weights. seed: of bases, samples and rounding.
 
+    One process and one device: bases and samples are not synchronised between processes.
+
     Raises:
         GradLiteError: an unknown choice, a bad rank or number, a pattern that matches nothing, nothing to project.
     """
@@ -62,8 +64,8 @@ class GradLite(SubspaceAdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        include: Sequence[str] | None = None,
-        exclude: Sequence[str] | None = None,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
         groups: Sequence[dict[str, Any]] = (),
         stochastic_rounding: bool = True,
         seed: int = 0,
@@ -76,6 +78,10 @@ class GradLite(SubspaceAdamW):
             raise GradLiteError(
                 'basis="random" never moves, so feedback="feedback" would never be released; '
                 'use feedback="same_step" or "off" with it.'
+            )
+        if not isinstance(model, nn.Module):
+            raise GradLiteError(
+                f"GradLite trains a torch.nn.Module, not {type(model).__name__}; pass the model, not its parameters."
             )
         _check_numbers(lr, betas, eps, weight_decay, refresh_interval)
         self.coverage: Coverage = attach(
@@ -121,13 +127,18 @@ class optimizer_factory:  # noqa: N801 - used like a function, in the place of a
 
 
 def _check_numbers(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, refresh_interval: int) -> None:
-    ranges: list[tuple[str, float, bool, Literal["at least 0", "in [0, 1)", "at least 1"]]] = [
+    ranges: list[tuple[str, float, bool, str]] = [
         ("lr", lr, float(lr) >= 0.0, "at least 0"),
         ("betas[0]", betas[0], 0.0 <= betas[0] < 1.0, "in [0, 1)"),
         ("betas[1]", betas[1], 0.0 <= betas[1] < 1.0, "in [0, 1)"),
-        ("eps", eps, eps >= 0.0, "at least 0"),
+        ("eps", eps, eps > 0.0, "above 0"),
         ("weight_decay", weight_decay, weight_decay >= 0.0, "at least 0"),
-        ("refresh_interval", refresh_interval, refresh_interval >= 1, "at least 1"),
+        (
+            "refresh_interval",
+            refresh_interval,
+            isinstance(refresh_interval, int) and refresh_interval >= 1,
+            "a whole number from 1",
+        ),
     ]
     for name, value, valid, wanted in ranges:
         if not valid:
@@ -151,6 +162,8 @@ def _param_groups(
     trained.update({name: own[name] for name in own if name in plain})
     groups: list[dict[str, Any]] = []
     for override in overrides:
+        if "params" not in override:
+            raise GradLiteError('a group needs "params", the name patterns of its parameters.')
         patterns = [override["params"]] if isinstance(override["params"], str) else list(override["params"])
         names = [name for name in trained if any(fnmatchcase(name, pattern) for pattern in patterns)]
         if not names:

@@ -4,6 +4,7 @@ import importlib.util
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -100,9 +101,16 @@ class _Run:
         self.console.print(Text("\none example; the loss covers what stands in ⟦⟧:"), style="bold")
         self.console.print(preview(data.train[0], tokenizer, self.config.train_on))
         self.console.print()
+        self._see_shared_inputs(data.train[0].ids[:8])
         device = str(trainer.args.device)
         self.console.print(overview(self.config, data, self.optimizer, device, num_sequences, steps))
         self.console.print()
+
+    def _see_shared_inputs(self, ids: Sequence[int]) -> None:
+        """One short forward pass: layers that read the same tensor find each other, so the plan counts their basis once."""
+        self.model.eval()
+        with torch.enable_grad():
+            self.model(input_ids=torch.tensor([ids], device=self.model.device))
 
     def _before(
         self, trainer: GradLiteTrainer, tokenizer: PreTrainedTokenizerBase, data: Data, checkpoint: Path | None
