@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -467,3 +468,16 @@ def test_the_door_stays_a_function() -> None:
 
     assert callable(gradlite.attach)
     assert gradlite.attach(nn.Linear(32, 32), rank=2).num_elements("projected") == 1024
+
+
+def test_an_attached_model_survives_torch_save(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+    gradlite.attach(model, rank=4)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    x = torch.randn(5, 32)
+    for each in (model, loaded):
+        each(x).square().sum().backward()
+    assert torch.equal(loaded[0].weight, model[0].weight)
+    assert loaded[0].gradlite_coordinates.grad.shape == (32, 4)
+    assert type(gradlite.detach(loaded)[0]) is nn.Linear  # type: ignore[index]

@@ -53,6 +53,10 @@ class _TwinState(nn.Module):
         self.gradlite_collector.move(fn)
         return result
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The twin's class is made on demand and has no importable name: copies and pickles make it again from the own class.
+        return _blank_twin, (type(self).gradlite_own_class,), self.__dict__  # type: ignore[attr-defined]
+
 
 class TwinLinear(nn.Linear):
     """``nn.Linear`` whose weight's gradient is absorbed as coordinates."""
@@ -89,6 +93,11 @@ def _twin_class(own: type[nn.Module]) -> type[nn.Module]:
         bases = (_TwinState, twin) if own in (nn.Linear, nn.Embedding) else (_TwinState, own, twin)
         _TWIN_CLASSES[own] = type(own.__name__, bases, {"gradlite_own_class": own})
     return _TWIN_CLASSES[own]
+
+
+def _blank_twin(own: type[nn.Module]) -> nn.Module:
+    twin = _twin_class(own)
+    return twin.__new__(twin)
 
 
 def is_twin(module: nn.Module) -> bool:

@@ -260,9 +260,15 @@ class Collector:
         return self.diagonal + off_diagonal, total
 
     def signal_share(self) -> Tensor:
-        """``κ = ‖R‖²/‖R̂‖²`` as estimated, in [0, 1]: the multiple of ``R̂`` that is closest to ``R`` in the mean square.
+        """``κ = Σ_t w_t² / Σ_s (w_s/π_s)²`` in (0, 1]: the tokens' own squares over the sample's.
 
-        1 where every token was taken.
+        ``κR̂`` is close to the multiple of ``R̂`` that is nearest to ``R`` in the mean square where tokens are as good as
+        uncorrelated, and shorter where they agree; 1 where every token was taken. The estimate of
+        :meth:`residual_squared` is no use here: its noise is as large as ``‖R̂‖²``, so that long samples would be kept long.
         """
-        estimate, total = self.residual_squared()
-        return torch.where(total > 0, estimate / total.clamp_min(torch.finfo(total.dtype).tiny), 1.0).clamp(0.0, 1.0)
+        assert self.sample is not None
+        assert self.diagonal is not None
+        total, off_diagonal = self.sample.norms_squared()
+        sampled = total - off_diagonal
+        tiny = torch.finfo(sampled.dtype).tiny
+        return torch.where(sampled > 0, self.diagonal / sampled.clamp_min(tiny), 1.0).clamp(0.0, 1.0)
