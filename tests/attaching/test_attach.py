@@ -147,7 +147,7 @@ def test_unknown_choices_and_numbers(tiny_model: Build) -> None:
         with pytest.raises(gradlite.GradLiteError, match=keyword):
             gradlite.GradLite(model, **{keyword: value})  # type: ignore[arg-type]
     with pytest.raises(gradlite.GradLiteError, match="never moves"):
-        gradlite.GradLite(model, basis="random")
+        gradlite.GradLite(model, basis="random", feedback="feedback")
 
 
 # ---- the model stays what it was ------------------------------------------------------------------------------------

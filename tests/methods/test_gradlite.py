@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import gradlite
@@ -33,3 +34,38 @@ def test_a_pattern_may_stand_alone() -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
     coverage = gradlite.attach(model, rank=4, include="0.*")
     assert [entry.name for entry in coverage.entries if entry.kind == "projected"] == ["0.weight"]
+
+
+def test_a_state_of_another_kind_is_refused_when_it_is_loaded() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    saved = gradlite.GradLite(model, rank=4, moments="fp32").state_dict()
+    with pytest.raises(gradlite.GradLiteError, match="moments='fp32'"):
+        gradlite.GradLite(model, rank=4, moments="int8").load_state_dict(saved)
+    with pytest.raises(gradlite.GradLiteError, match="not a GradLite"):
+        gradlite.GradLite(model, rank=4).load_state_dict(torch.optim.AdamW(model.parameters()).state_dict())
+
+
+@pytest.mark.parametrize("stochastic_rounding", [True, False])
+def test_plain_matrices_train_in_bfloat16(stochastic_rounding: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(96, 64)).bfloat16()
+    model[0] = nn.Linear(32, 96).bfloat16()
+    optimizer = gradlite.GradLite(model, lr=1e-2, rank=4, exclude="1.*", stochastic_rounding=stochastic_rounding)
+    x, losses = torch.randn(64, 32).bfloat16(), []
+    for _ in range(20):
+        loss = (model(x).float() - 1.0).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_stacked_experts_are_named() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(32, 32)
+            self.weights = nn.Parameter(torch.zeros(4, 32, 32))
+
+    assert "stacked experts" in str(gradlite.attach(Experts(), rank=4))

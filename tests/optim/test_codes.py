@@ -157,3 +157,10 @@ def test_noise_repeats_with_its_seed_and_serves_any_length() -> None:
     assert long.min() >= 0
     assert long.max() < 1
     assert long.mean().item() == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_dense_update_may_run_along_columns() -> None:
+    """As the direction of a plain matrix with coded moments does."""
+    weight, update = torch.zeros(90, 70, dtype=torch.bfloat16), values(70, 90).T
+    dense_update_(weight, update, 1.0, 1.0, None)
+    assert torch.equal(weight, update.bfloat16())

@@ -130,7 +130,9 @@ def _decide(
 ) -> tuple[Kind, str]:
     if not parameter.requires_grad:
         return "frozen", "requires_grad is off"
-    if not parameter.is_floating_point() or parameter.dim() != 2:
+    if parameter.dim() > 2:
+        return "plain", f"{parameter.dim()}-dimensional tensor of {type(owners[0]).__name__}, such as stacked experts"
+    if not parameter.is_floating_point() or parameter.dim() < 2:
         return "plain", "norms, biases and other tensors that are no matrix"
     if not all(can_become_twin(owner) and owner._parameters.get("weight") is parameter for owner in owners):
         return "plain", f"matrix of {type(owners[0]).__name__}, which is neither a linear layer nor a plain look-up"

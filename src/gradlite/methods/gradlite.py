@@ -34,8 +34,9 @@ class GradLite(SubspaceAdamW):
     Args:
         model: attached in place (an earlier attachment is replaced).
         lr: learning rate. rank: of each basis; a whole number, or a fraction of the layer's input width.
-        feedback: what becomes of the gradient outside the basis: ``"feedback"`` remembers a sample of it and releases what a
-            later basis holds, ``"same_step"`` applies the sample at once, ``"off"`` drops it.
+        feedback: what becomes of the gradient outside the basis: ``"off"`` drops it (the basis still follows the exact
+            gradient; the default, because it was the best measured: docs/log.md), ``"feedback"`` remembers a sample of it and
+            releases what a later basis holds, ``"same_step"`` applies the sample at once.
         feedback_memory: ``"factored"`` (rank/4 factors), ``"int4"`` (0.53 bytes a parameter), ``"fp32"`` (exact).
         basis: ``"gradient"``, ``"activation"`` or ``"random"`` (static); refresh_interval: steps between two refreshes of
             one basis; the bases take turns.
@@ -56,7 +57,7 @@ class GradLite(SubspaceAdamW):
         lr: float = 1e-4,
         rank: int | float = 1 / 16,
         *,
-        feedback: Feedback = "feedback",
+        feedback: Feedback = "off",
         feedback_memory: MemoryFormat = "factored",
         basis: BasisKind = "gradient",
         refresh_interval: int = 5,

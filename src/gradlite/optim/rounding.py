@@ -94,7 +94,7 @@ def dense_update_(weight: Tensor, update: Tensor, alpha: float, decay: float, no
     if weight.dtype in (torch.float32, torch.float64):
         weight.mul_(decay).add_(update, alpha=alpha)
         return
-    flat_weight, flat_update = weight.view(-1), update.view(-1)
+    flat_weight, flat_update = weight.view(-1), update.reshape(-1)  # decoded moments run along columns
     for start in range(0, flat_weight.numel(), TILE):
         tile = flat_weight[start : start + TILE]
         values = tile.float().mul_(decay).add_(flat_update[start : start + TILE], alpha=alpha)

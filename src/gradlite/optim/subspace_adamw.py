@@ -73,6 +73,7 @@ class SubspaceAdamW(Optimizer):
         self._collector_of = {id(c.coordinates): c for c in window.collectors}
         self._weight_of = dict(zip((id(c) for c in window.collectors), weights, strict=True))
         self._feedback = feedback
+        self._feedback_memory = feedback_memory
         self._memory = error_memory(feedback_memory, lambda: window.generator)
         self._refresh_interval = refresh_interval
         self._moments: MomentsFormat = moments
@@ -227,6 +228,7 @@ class SubspaceAdamW(Optimizer):
         index_of = {id(basis): index for index, basis in enumerate(bases)}
         saved = super().state_dict()
         saved["subspace"] = {
+            "formats": self._formats(),
             "basis_of": [index_of[id(collector.basis)] for collector in self._window.collectors],
             "bases": [None if basis.matrix_NR is None else basis.matrix_NR for basis in bases],
             "generator": self._window.generator.get_state(),
@@ -238,6 +240,8 @@ class SubspaceAdamW(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`. Unlike torch's own loader it never casts a state to the parameter's dtype."""
+        if "subspace" not in state_dict:
+            raise GradLiteError("the saved state is not a GradLite optimizer's: it has no 'subspace'.")
         saved = state_dict["subspace"]
         self._check_fits(saved)
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
@@ -256,7 +260,16 @@ class SubspaceAdamW(Optimizer):
         self._window.clear()
         self._mark_due()
 
+    def _formats(self) -> dict[str, str]:
+        return {"feedback": self._feedback, "feedback_memory": self._feedback_memory, "moments": self._moments}
+
     def _check_fits(self, saved: dict[str, Any]) -> None:
+        for name, here_format in self._formats().items():
+            there_format = saved["formats"][name]
+            if there_format != here_format:
+                raise GradLiteError(
+                    f"the saved optimizer has {name}={there_format!r}, this one {name}={here_format!r}; load it with the same."
+                )
         there, here = saved["basis_of"], self._window.collectors
         if len(there) != len(here):
             raise GradLiteError(

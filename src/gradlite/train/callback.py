@@ -65,6 +65,8 @@ class RunCallback(TrainerCallback):
         self._smooth_seconds = _smoothed(self._smooth_seconds, seconds)
         optimizer = _unwrapped(objects["optimizer"])
         self.skipped_steps = optimizer.skipped_steps
+        if optimizer.skipped_in_a_row:  # a checkpoint written now could push a good one out
+            control.should_save = False
         if optimizer.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             self.gave_up = True
             control.should_training_stop = True

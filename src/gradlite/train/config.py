@@ -104,7 +104,7 @@ class TrainConfig(BaseModel):
         "Rank of the gradient: a number (64), or a fraction of each layer's input width (1/16).",
     )
     feedback: Literal["feedback", "same_step", "off"] = _setting(
-        "feedback",
+        "off",
         GRADLITE,
         "'feedback', 'same_step' or 'off'",
         "What happens to the gradient outside the basis: remembered, applied at once, or dropped.",

@@ -212,6 +212,15 @@ class _Run:
         self.progress.show_evaluation(step, loss)
 
 
+def _check_readable(checkpoint: Path) -> None:
+    try:
+        torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged file raises whatever its reader stumbles over
+        raise GradLiteError(
+            f"checkpoint {str(checkpoint)!r} is damaged (optimizer.pt cannot be read); delete it to resume from the one before."
+        ) from error
+
+
 def _check_vocabulary(model: PreTrainedModel, data: Data, config: TrainConfig) -> None:
     largest = max(max(tokens.ids) for tokens in [*data.train, *data.held_out])
     embeddings: Any = model.get_input_embeddings()
