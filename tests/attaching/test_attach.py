@@ -478,6 +478,6 @@ def test_an_attached_model_survives_torch_save(tmp_path: Path) -> None:
     x = torch.randn(5, 32)
     for each in (model, loaded):
         each(x).square().sum().backward()
-    assert torch.equal(loaded[0].weight, model[0].weight)
+    assert torch.equal(loaded[0].weight, model[0].weight)  # type: ignore[arg-type]
     assert loaded[0].gradlite_coordinates.grad.shape == (32, 4)
     assert type(gradlite.detach(loaded)[0]) is nn.Linear  # type: ignore[index]
