@@ -19,7 +19,7 @@ OTHER_VALUES: dict[str, object] = {
     "seq_len": 128,
     "packing": True,
     "rank": "1/8",
-    "feedback": "off",
+    "feedback": "same_step",
     "feedback_memory": "int4",
     "basis": "random",
     "refresh_interval": 7,
