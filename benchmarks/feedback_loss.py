@@ -67,7 +67,7 @@ def main() -> None:
     rows = [json.loads(line) for line in (arguments.data_dir / "gsm8k" / "train.jsonl").read_text().splitlines()[:200]]
     encoded = gsm8k.encode(rows, tokenizer)
     blocks = [f"model.layers.{block}.*" for block in (3, 15, 28)]
-    optimizer = gradlite.GradLite(model, lr=1e-4, feedback_memory="fp32", include=blocks)
+    optimizer = gradlite.GradLite(model, lr=1e-4, feedback="feedback", feedback_memory="fp32", include=blocks)
     memory = ShadowedMemory(torch.Generator().manual_seed(0))
     optimizer._memory = memory
     for step in range(STEPS):

@@ -118,7 +118,7 @@ def runs() -> dict[str, Run]:
     """Name → (method, options, learning rate, seed, dtype of the weights)."""
     methods = {
         "adamw": ("adamw", {}),
-        **{f"gradlite-n/{fraction}": ("gradlite", {"rank": 1 / fraction}) for fraction in (16, 8)},
+        **{f"gradlite-n/{fraction}": ("gradlite", {"rank": 1 / fraction, "feedback": "feedback"}) for fraction in (16, 8)},
         **{f"gradlite-n/{fraction}-off": ("gradlite", {"rank": 1 / fraction, "feedback": "off"}) for fraction in (16, 8)},
     }
     grid: dict[str, Run] = {}

@@ -33,7 +33,7 @@ def main() -> None:
     _backward(model, second)
     exact = {name: parameter.grad.float() for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad()
-    optimizer = gradlite.GradLite(model, lr=0.0, rank=1 / 16)
+    optimizer = gradlite.GradLite(model, lr=0.0, rank=1 / 16, feedback="feedback")
     _backward(model, first)
     optimizer.step()
     optimizer.zero_grad()

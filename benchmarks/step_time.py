@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    for method, options in (("gradlite", {}), ("gradlite", {"feedback": "off"}), ("adamw", {})):
+    for method, options in (("gradlite", {}), ("gradlite", {"feedback": "feedback"}), ("adamw", {})):
         record = measure(method, **options)
         append(arguments.out, {**record, **describe()})
         print(
