@@ -23,7 +23,7 @@ from gradlite.subspace.feedback import FullMemory, MemoryState
 from gradlite.subspace.residual import ResidualSample
 from gradlite.train.models import load_model_and_tokenizer
 
-STEPS = 20
+STEPS = 8
 
 
 class ShadowedMemory(FullMemory):
