@@ -18,7 +18,7 @@ from gradlite.train import trainer as trainer_module
 from gradlite.train.config import TrainConfig
 from gradlite.train.data import load_data
 from gradlite.train.loss import summed_loss
-from gradlite.train.run import _Run
+from gradlite.train.run import _check_readable, _Run
 from gradlite.train.trainer import GradLiteTrainer
 
 Train = Callable[..., Any]  # the fixture's function: settings → what the run left
@@ -245,6 +245,8 @@ def test_ten_bad_steps_stop_the_run_and_keep_the_last_good_checkpoint(
     assert any(str(checkpoint) in str(error.value) for checkpoint in checkpoints)
     for checkpoint in checkpoints:
         assert all(tensor.isfinite().all() for tensor in weights(checkpoint).values())
+    if save_every:  # none is written while steps are skipped: it would push a good one out
+        assert max(int(checkpoint.name.split("-")[1]) for checkpoint in checkpoints) < 4
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 13
 
@@ -312,3 +314,12 @@ def test_bad_input_gets_one_sentence_and_no_files(
         train(**settings)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    torch.save({"step": torch.arange(1000)}, tmp_path / "optimizer.pt")
+    _check_readable(tmp_path)
+    whole = (tmp_path / "optimizer.pt").read_bytes()
+    (tmp_path / "optimizer.pt").write_bytes(whole[:1000])
+    with pytest.raises(GradLiteError, match=r"damaged .*delete it"):
+        _check_readable(tmp_path)
