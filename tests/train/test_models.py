@@ -1,15 +1,21 @@
 """Loading models: the embedded one and its cache, local ones, and what is said where there is none."""
 
+import io
+import logging
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import logging as hub_logging
+from rich.console import Console
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from gradlite.errors import GradLiteError
 from gradlite.train import models
 from gradlite.train.models import cache_directory, embedded_file, load_model_and_tokenizer
+from gradlite.train.quiet import quiet_libraries
 
 
 def test_a_local_model_in_either_dtype(model_dir: Path) -> None:
@@ -43,8 +49,33 @@ def test_damaged_pickled_weights_and_a_damaged_tokenizer(model_dir: Path, tmp_pa
     with pytest.raises(GradLiteError, match="cannot load model"):
         load_model_and_tokenizer(str(folder), "float32")
     (folder / "tokenizer.json").write_text('{"version": "1.0", "added_tokens": [], "model": {"type": "none"}}')
-    with pytest.raises(GradLiteError, match="cannot load model"):
+    with pytest.raises(GradLiteError, match="has no tokenizer that can be loaded"):
         load_model_and_tokenizer(str(folder), "float32")
+
+
+def test_a_model_without_a_tokenizer(model_dir: Path, tmp_path: Path) -> None:
+    folder = copied(model_dir, tmp_path)
+    for file in [*folder.glob("tokenizer*"), *folder.glob("chat_template*")]:
+        file.unlink()
+    with pytest.raises(GradLiteError, match=r"has no tokenizer .*; put the tokenizer.json .* beside its config.json\.$"):
+        load_model_and_tokenizer(str(folder), "float32")
+
+
+def test_a_name_that_is_neither_a_directory_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(name: str) -> None:
+        raise OSError("no network\nand a long story")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
+    with pytest.raises(GradLiteError, match=r"'nosuchdir' is neither a local directory nor .* from the hub: no network$"):
+        load_model_and_tokenizer("nosuchdir", "float32")
+
+
+def test_the_hubs_client_is_quiet_during_a_run_only() -> None:
+    client = hub_logging.get_logger("huggingface_hub.utils._http")
+    before = client.getEffectiveLevel()
+    with quiet_libraries(Console(file=io.StringIO())):
+        assert not client.isEnabledFor(logging.WARNING)
+    assert client.getEffectiveLevel() == before
 
 
 def test_a_model_whose_files_lack_weights(model_dir: Path, tmp_path: Path) -> None:

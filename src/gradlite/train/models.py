@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gradlite.errors import GradLiteError
 from gradlite.train.config import DEFAULT_MODEL
@@ -44,6 +44,7 @@ def load_model_and_tokenizer(name: str, dtype: str) -> tuple[PreTrainedModel, Pr
             )
         model, tokenizer = _from_pretrained(str(path), weight_dtype)
     else:
+        _check_on_hub(name)
         model, tokenizer = _from_pretrained(name, weight_dtype)
     if getattr(model.config, "quantization_config", None) is not None:
         raise GradLiteError(f"model {name!r} is quantised; all weights can only be trained in the model's unquantised form.")
@@ -56,13 +57,28 @@ def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or name.endswith(".gguf")
 
 
+def _check_on_hub(name: str) -> None:
+    """Ask for the smallest file first: what is missing there is most likely a mistyped local path."""
+    try:
+        AutoConfig.from_pretrained(name)
+    except Exception as error:  # the hub client, transformers and the operating system each raise errors of their own
+        raise GradLiteError(
+            f"model {name!r} is neither a local directory nor could it be loaded from the hub: {_reason(error)}"
+        ) from error
+
+
 def _from_pretrained(source: str, dtype: torch.dtype, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # tokenizers raises plain exceptions
+        raise GradLiteError(
+            f"model {source!r} has no tokenizer that can be loaded ({_reason(error)}); put the tokenizer.json and "
+            "tokenizer_config.json that belong to it beside its config.json."
+        ) from error
+    try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
-    except Exception as error:  # the hub client, tokenizers, safetensors and pickle each raise errors of their own
-        reason = str(error).strip().splitlines()
-        raise GradLiteError(f"cannot load model {source!r}: {reason[0] if reason else type(error).__name__}") from error
+    except Exception as error:  # the hub client, safetensors and pickle each raise errors of their own
+        raise GradLiteError(f"cannot load model {source!r}: {_reason(error)}") from error
     model, loading = loaded
     missing = sorted(loading["missing_keys"])
     if missing and "gguf_file" not in options:  # transformers fills them with random numbers
@@ -71,6 +87,12 @@ def _from_pretrained(source: str, dtype: torch.dtype, **options: Any) -> tuple[P
             f"such as {missing[0]!r}."
         )
     return model, tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says, which for a list of reasons ends in a colon."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().removesuffix(":") if lines else type(error).__name__
 
 
 def _make_savable(model: PreTrainedModel, name: str) -> None:

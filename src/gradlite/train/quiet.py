@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import datasets
+from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
@@ -15,11 +16,12 @@ _LIBRARIES = r"(torch|transformers|trl|datasets|accelerate|huggingface_hub|gguf|
 
 @contextmanager
 def quiet_libraries(console: Console) -> Iterator[None]:
-    """Silence transformers, datasets and torch below errors; show every other warning as one line on `console`."""
+    """Silence transformers, datasets, the hub's client and torch below errors; show other warnings as a line on `console`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    verbosity = transformers_logging.get_verbosity()
+    verbosity, hub_verbosity = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
     bars = (transformers_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled())
     transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # it tells of every retry, twice
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
@@ -31,6 +33,7 @@ def quiet_libraries(console: Console) -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
         if bars[0]:
             transformers_logging.enable_progress_bar()
         if not bars[1]:
