@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -221,6 +221,56 @@ def test_copies_train_on_their_own(tiny_model: Build, batches: Batches) -> None:
     model(ids).backward()
     optimizer.step()
     assert not torch.equal(model.get_parameter("q.weight"), weights["q.weight"])
+
+
+def test_a_model_and_its_optimizer_are_copied_together(tiny_model: Build, batches: Batches, tmp_path: Path) -> None:
+    """The copies go on bit for bit as the originals do, by themselves; so does what `torch.save` wrote."""
+
+    def steps(model: nn.Module, optimizer: gradlite.GradLite) -> dict[str, Tensor]:
+        for ids in batches(7):
+            model(ids).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    formats: tuple[Literal["factored", "int4"], ...] = ("factored", "int4")
+    for feedback_memory in formats:
+        model = tiny_model(torch.float32)
+        optimizer = gradlite.GradLite(
+            model,
+            lr=1e-2,
+            rank=4,
+            feedback="feedback",
+            feedback_memory=feedback_memory,
+        )
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+        steps(model, optimizer)
+        torch.save((model, optimizer), tmp_path / "both.pt")
+        pairs = [copy.deepcopy((model, optimizer)), torch.load(tmp_path / "both.pt", weights_only=False)]
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        copied = [steps(*pair) for pair in pairs]
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        wanted = steps(model, optimizer)
+        for twin, values in zip(pairs, copied, strict=True):
+            assert twin[1]._attachment is attachment(twin[0])
+            assert all(torch.equal(value, wanted[name]) for name, value in values.items())
+            assert twin[1].state_bytes() == optimizer.state_bytes()
+
+
+def test_a_copy_absorbs_uses_past_the_layer_without_being_attached_again() -> None:
+    model = nn.Sequential(nn.Linear(24, 24)).double()
+    optimizer = gradlite.GradLite(model, rank=4)
+    model, optimizer = copy.deepcopy((model, optimizer))
+    weight = model.get_parameter("0.weight")
+    with pytest.warns(UserWarning, match="outside its layer"):
+        F.linear(torch.randn(3, 24).double(), weight).sum().backward()
+    assert weight.grad is None
+    before = weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(weight, before)
+    gradlite.detach(model)
+    F.linear(torch.randn(3, 24).double(), weight).sum().backward()
+    assert weight.grad is not None
 
 
 def test_copies_of_attached_models_absorb_uses_past_the_layer(tiny_model: Build) -> None:

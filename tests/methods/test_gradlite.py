@@ -69,3 +69,19 @@ def test_stacked_experts_are_named() -> None:
             self.weights = nn.Parameter(torch.zeros(4, 32, 32))
 
     assert "stacked experts" in str(gradlite.attach(Experts(), rank=4))
+
+
+def test_groups_that_are_added_hold_parameters_of_the_model() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    model[1].requires_grad_(False)
+    optimizer = gradlite.GradLite(model, rank=4)
+    with pytest.raises(gradlite.GradLiteError, match=r"shape \(3,\) is not the model's"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    with pytest.raises(gradlite.GradLiteError, match=r"'0\.weight' is trained in coordinates already"):
+        optimizer.add_param_group({"params": model[0].weight})
+    model[1].requires_grad_(True)
+    optimizer.add_param_group({"params": model[1].parameters(), "lr": 1e-2})
+    before = [parameter.detach().clone() for parameter in model[1].parameters()]
+    model(torch.randn(5, 32)).square().sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(now, then) for now, then in zip(model[1].parameters(), before, strict=True))

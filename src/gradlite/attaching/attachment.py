@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,15 @@ class Attachment:
         self.modules: list[nn.Module] = []
         self.hooks: list[RemovableHandle] = []
         self.active = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for (name, weight), collector in zip(self.projected, self.window.collectors, strict=True):
+            self.absorb_uses_past_the_layer(name, weight, collector)  # copied tensors come without their hooks
+
+    def absorb_uses_past_the_layer(self, name: str, weight: nn.Parameter, collector: Collector) -> None:
+        """Sees to it that a full-size gradient, where model code makes one, becomes coordinates as well."""
+        self.hooks.append(weight.register_post_accumulate_grad_hook(_DenseAbsorber(name, collector)))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -167,7 +177,7 @@ def _project(attachment: Attachment, name: str, weight: nn.Parameter, owners: li
         become_twin(module, collector)
         attachment.modules.append(module)
     attachment.projected.append((name, weight))
-    attachment.hooks.append(weight.register_post_accumulate_grad_hook(_DenseAbsorber(name, collector)))
+    attachment.absorb_uses_past_the_layer(name, weight, collector)
 
 
 class _DenseAbsorber:

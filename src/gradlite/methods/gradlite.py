@@ -97,6 +97,7 @@ class GradLite(SubspaceAdamW):
         attachment = attachment_of(model)
         assert attachment is not None
         self._attachment = attachment
+        self._model = model
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(
             _param_groups(model, self.coverage, attachment.projected, attachment.window, defaults, groups),
@@ -108,6 +109,34 @@ class GradLite(SubspaceAdamW):
             moments=moments,
             stochastic_rounding=stochastic_rounding,
         )
+        self.defaults.update(defaults)  # for groups that are added later
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"coverage": self.coverage, "_attachment": self._attachment, "_model": self._model}
+        return {**super().__getstate__(), **own}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """For parameters of the model that were frozen when the optimizer was built. Raises GradLiteError for any other."""
+        if hasattr(self, "_window"):  # torch's own constructor adds the first groups with this method
+            params = param_group["params"]
+            param_group = {**param_group, "params": [params] if isinstance(params, Tensor) else list(params)}
+            self._check_trainable(param_group["params"])
+        super().add_param_group(param_group)
+
+    def _check_trainable(self, params: Sequence[Tensor]) -> None:
+        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        projected = {id(weight) for _, weight in self._attachment.projected}
+        for parameter in params:
+            if id(parameter) not in names:
+                raise GradLiteError(
+                    f"a parameter of shape {tuple(parameter.shape)} is not the model's, so GradLite cannot train it; "
+                    "make it a part of the model before building the optimizer, or give it an optimizer of its own."
+                )
+            if id(parameter) in projected:
+                raise GradLiteError(
+                    f"{names[id(parameter)]!r} is trained in coordinates already; for settings of its own build the optimizer "
+                    f'with groups=[{{"params": [{names[id(parameter)]!r}], …}}].'
+                )
 
     def step(self, closure: Any = None) -> Any:
         """One update; see :meth:`SubspaceAdamW.step`. Raises GradLiteError once the model belongs to another optimizer."""

@@ -69,18 +69,32 @@ class SubspaceAdamW(Optimizer):
         stochastic_rounding: bool,
     ) -> None:
         super().__init__(groups, {})
-        self._window = window
-        self._collector_of = {id(c.coordinates): c for c in window.collectors}
-        self._weight_of = dict(zip((id(c) for c in window.collectors), weights, strict=True))
         self._feedback = feedback
         self._feedback_memory = feedback_memory
-        self._memory = error_memory(feedback_memory, lambda: window.generator)
+        self._follow(window, weights)
         self._refresh_interval = refresh_interval
         self._moments: MomentsFormat = moments
         self._stochastic_rounding = stochastic_rounding
         self._global_step = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
+
+    def _follow(self, window: Window, weights: list[Tensor]) -> None:
+        self._window = window
+        self._collector_of = {id(c.coordinates): c for c in window.collectors}
+        self._weight_of = dict(zip((id(c) for c in window.collectors), weights, strict=True))
+        self._memory = error_memory(self._feedback_memory, lambda: window.generator)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: torch's own keeps only what all optimizers have, and what is looked up by identity is made anew."""
+        kept = {name: getattr(self, name) for name in _COPIED}
+        return {**super().__getstate__(), **kept, "_weights": list(self._weight_of.values())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        weights = state.pop("_weights", None)
+        super().__setstate__(state)
+        if weights is not None:  # torch's load_state_dict comes by here too, with nothing but its own
+            self._follow(self._window, weights)
 
     # ---- the step -------------------------------------------------------------------------------------------------
 
@@ -346,6 +360,10 @@ class SubspaceAdamW(Optimizer):
         return expected
 
 
+_COPIED = (
+    "_window", "_feedback", "_feedback_memory", "_refresh_interval", "_moments", "_stochastic_rounding", "_global_step",
+    "skipped_steps", "skipped_in_a_row",
+)  # fmt: skip
 _CATEGORIES = ("weights", "gradients", "basis", "residual sample", "error memory", "moments")
 
 
