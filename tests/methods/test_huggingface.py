@@ -69,6 +69,27 @@ def test_a_llama_is_covered_counted_and_saved_as_it_is(tied: bool, tmp_path: Pat
     )
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_resized_after_attaching_are_refused_until_it_is_attached_anew(tied: bool) -> None:
+    model, ids = llama(tied), Rows()[0]["input_ids"][None]
+    optimizer = gradlite.GradLite(model, lr=1e-2, rank=4)
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.resize_token_embeddings(80)
+    for call in (optimizer.step, lambda: model(input_ids=ids)):
+        with pytest.raises(gradlite.GradLiteError, match=r"resize .* before attaching, or build the optimizer anew"):
+            call()
+    optimizer = gradlite.GradLite(model, lr=1e-2, rank=4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=ids + 16, labels=ids + 16).loss.backward()
+        optimizer.step()
+    assert all(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    gradlite.detach(model)
+    model.resize_token_embeddings(64)
+    model(input_ids=ids)
+
+
 def trainer(model: nn.Module, directory: Path, steps: int, **options: Any) -> Any:
     arguments = transformers.TrainingArguments(
         output_dir=str(directory), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2,

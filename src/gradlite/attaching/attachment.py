@@ -104,6 +104,7 @@ def attach(
     for name, parameter in chosen:
         _project(attachment, name, parameter, owners[id(parameter)], rank)
     attachment.modules[0].register_parameter(RESIDUAL_NORM, attachment.window.residual_norm)
+    attachment.hooks.append(model.register_forward_pre_hook(_refuse_if_changed))
     object.__setattr__(model, _ATTRIBUTE, attachment)
     return attachment.coverage
 
@@ -120,6 +121,25 @@ def detach(model: nn.Module) -> nn.Module:
         attachment.active = False
         object.__delattr__(model, _ATTRIBUTE)
     return model
+
+
+def check_unchanged(model: nn.Module) -> None:
+    """Raises GradLiteError if parameters were resized, added or removed since attaching: they would be trained wrongly."""
+    attachment = attachment_of(model)
+    if attachment is None:
+        return
+    then, now = attachment.coverage.num_elements(), sum(parameter.numel() for parameter in model.parameters())
+    if now != then:
+        raise GradLiteError(
+            f"{type(unwrapped(model)).__name__} had {then:,} parameters when GradLite was attached and has {now:,} now; "
+            "resize the token embeddings (or whatever was changed) before attaching, or build the optimizer anew."
+        )
+
+
+@torch.compiler.disable
+def _refuse_if_changed(model: nn.Module, _inputs: tuple[Any, ...]) -> None:
+    if torch.is_grad_enabled():
+        check_unchanged(model)
 
 
 def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:

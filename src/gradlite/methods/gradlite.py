@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradlite.attaching import Coverage, attach, attachment_of
+from gradlite.attaching import Coverage, attach, attachment_of, check_unchanged
 from gradlite.errors import GradLiteError
 from gradlite.optim.moments import MomentsFormat
 from gradlite.optim.subspace_adamw import Feedback, MemoryFormat, SubspaceAdamW
@@ -139,9 +139,13 @@ class GradLite(SubspaceAdamW):
                 )
 
     def step(self, closure: Any = None) -> Any:
-        """One update; see :meth:`SubspaceAdamW.step`. Raises GradLiteError once the model belongs to another optimizer."""
+        """One update; see :meth:`SubspaceAdamW.step`.
+
+        Raises GradLiteError once the model belongs to another optimizer, or its parameters are no longer those attached to.
+        """
         if not self._attachment.active:
             raise GradLiteError("this optimizer's model was detached or attached anew; use the newest GradLite optimizer.")
+        check_unchanged(self._model)
         return super().step(closure)
 
 
