@@ -25,6 +25,14 @@ def test_bad_keywords_are_named(keywords: dict[str, Any], message: str) -> None:
         gradlite.GradLite(nn.Linear(32, 32), **keywords)
 
 
+def test_an_unknown_keyword_suggests_the_nearest() -> None:
+    model = nn.Linear(32, 32)
+    with pytest.raises(gradlite.GradLiteError, match=r"unknown keyword 'rnak'; did you mean 'rank'\?"):
+        gradlite.GradLite(model, rnak=1 / 16)  # type: ignore[arg-type]  # that is: type checkers refuse it as well
+    with pytest.raises(gradlite.GradLiteError, match=r"unknown keyword 'zzz'; known are lr, rank, .*, seed\.$"):
+        gradlite.optimizer_factory()(model, zzz=1)
+
+
 def test_parameters_are_no_model() -> None:
     with pytest.raises(gradlite.GradLiteError, match="pass the model"):
         gradlite.GradLite(list(nn.Linear(32, 32).parameters()))  # type: ignore[arg-type]

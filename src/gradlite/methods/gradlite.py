@@ -1,8 +1,10 @@
 """GradLite: attaches to a model and trains all of its weights. The optimizer that users build."""
 
+import difflib
+import inspect
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Never
 
 from torch import Tensor, nn
 
@@ -48,7 +50,7 @@ class GradLite(SubspaceAdamW):
     One process and one device: bases and samples are not synchronised between processes.
 
     Raises:
-        GradLiteError: an unknown choice, a bad rank or number, a pattern that matches nothing, nothing to project.
+        GradLiteError: an unknown keyword or choice, a bad rank or number, a pattern that matches nothing, nothing to project.
     """
 
     def __init__(
@@ -70,7 +72,10 @@ class GradLite(SubspaceAdamW):
         groups: Sequence[dict[str, Any]] = (),
         stochastic_rounding: bool = True,
         seed: int = 0,
+        **unknown: Never,  # type checkers refuse any; at run time the nearest keyword is named
     ) -> None:
+        if unknown:
+            raise GradLiteError(_unknown_keyword(next(iter(unknown))))
         chosen = {"feedback": feedback, "feedback_memory": feedback_memory, "basis": basis, "moments": moments}
         for key, value in chosen.items():
             if value not in _CHOICES[key]:
@@ -158,6 +163,13 @@ class optimizer_factory:  # noqa: N801 - used like a function, in the place of a
 
     def __call__(self, model: nn.Module, **kwargs: Any) -> GradLite:
         return GradLite(model, **kwargs)
+
+
+def _unknown_keyword(word: str) -> str:
+    known = [name for name, p in inspect.signature(GradLite).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    guesses = difflib.get_close_matches(word.lower(), known, n=1)
+    hint = f"did you mean {guesses[0]!r}?" if guesses else f"known are {', '.join(known[1:])}."
+    return f"unknown keyword {word!r}; {hint}"
 
 
 def _check_numbers(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, refresh_interval: int) -> None:
