@@ -134,8 +134,19 @@ def test_nothing_to_project(model: nn.Module) -> None:
 
 
 def test_a_pattern_that_matches_nothing(tiny_model: Build) -> None:
-    with pytest.raises(gradlite.GradLiteError, match="'atention"):
+    with pytest.raises(gradlite.GradLiteError, match=r"'atention.' matches no .* look like 'embed\.weight' or 'embed'"):
         gradlite.attach(tiny_model(), include=["atention*"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize("pattern", ["embed.weight", "embed", "head.weight", "head", "h*d"])
+def test_a_pattern_names_a_parameter_its_layer_or_a_tied_use(pattern: str, tiny_model: Build) -> None:
+    kinds = {e.name: e.kind for e in gradlite.attach(tiny_model(tied=True), rank=4, exclude=[pattern, "o"]).entries}
+    assert kinds["embed.weight"] == kinds["o.weight"] == "plain"
+    assert kinds["q.weight"] == "projected"
+    model = torch.compile(tiny_model(tied=True))
+    optimizer = gradlite.GradLite(model, rank=4, groups=[{"params": pattern, "lr": 0.5}])  # type: ignore[arg-type]
+    assert [len(group["params"]) for group in optimizer.param_groups if group["lr"] == 0.5] == [1]
 
 
 def test_unknown_choices_and_numbers(tiny_model: Build) -> None:

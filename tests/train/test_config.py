@@ -109,6 +109,12 @@ def test_yamls_bare_off_is_the_feedback_mode(tmp_path: Path) -> None:
     assert TrainConfig.from_sources(path).feedback == "off"
 
 
+def test_one_pattern_may_stand_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text('exclude: "*q_proj*"\n')
+    assert TrainConfig.from_sources(path).exclude == ["*q_proj*"]
+
+
 def test_none_takes_back_what_the_file_sets(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("max_steps: 5\n")
@@ -132,7 +138,8 @@ def test_none_takes_back_what_the_file_sets(tmp_path: Path) -> None:
         ("model", 5),
         ("feedback", "no"),
         ("dtype", "float16"),
-        ("include", "q_proj"),
+        ("include", 5),
+        ("exclude", {"a": 1}),
         ("report_to", ["wandb", "mlflow"]),
         ("packing", "perhaps"),
     ],

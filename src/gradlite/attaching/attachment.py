@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradlite.attaching.coverage import Coverage, Entry, Kind
+from gradlite.attaching.patterns import matches, names_by_parameter
 from gradlite.attaching.rank import layer_rank, warn_if_clipped
 from gradlite.attaching.twins import RESIDUAL_NORM, become_itself, become_twin, can_become_twin
 from gradlite.errors import GradLiteError
@@ -75,7 +75,8 @@ def attach(
         model: any module; frozen parameters stay frozen. rank: a whole number, or a fraction of each layer's input width.
         basis: ``gradient`` (leading singular space, moves), ``activation`` (principal space of the inputs, moves) or
             ``random`` (static). sample_residual: whether backward also samples what the basis misses.
-        include, exclude: patterns (``fnmatch``) on parameter names; what is left out is trained plain, not frozen.
+        include, exclude: patterns (``fnmatch``) on names of parameters or their layers; what is left out is trained plain,
+            not frozen.
         seed: of the bases and samples.
 
     Raises:
@@ -85,13 +86,13 @@ def attach(
     exclude = [exclude] if isinstance(exclude, str) else exclude
     model = unwrapped(model)
     detach(model)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = names_by_parameter(model)
     owners = _owners(model)
     _check_patterns([*(include or ()), *(exclude or ())], list(names.values()))
     chosen: list[tuple[str, nn.Parameter]] = []
     entries: list[Entry] = []
     for name, parameter in model.named_parameters():
-        kind, reason = _decide(name, parameter, owners.get(id(parameter), []), include, exclude)
+        kind, reason = _decide(names[id(parameter)], parameter, owners.get(id(parameter), []), include, exclude)
         layer = layer_rank(rank, parameter.shape[1]) if kind == "projected" else None
         if kind == "projected":
             chosen.append((name, parameter))
@@ -152,7 +153,7 @@ def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
 
 
 def _decide(
-    name: str,
+    names: Sequence[str],
     parameter: nn.Parameter,
     owners: list[nn.Module],
     include: Sequence[str] | None,
@@ -168,18 +169,19 @@ def _decide(
         return "plain", f"matrix of {type(owners[0]).__name__}, which is neither a linear layer nor a plain look-up"
     if min(parameter.shape) < MIN_WIDTH:
         return "plain", f"matrix with a side below {MIN_WIDTH}"
-    if include is not None and not any(fnmatchcase(name, pattern) for pattern in include):
+    if include is not None and not matches(names, include):
         return "plain", "not included"
-    if exclude is not None and any(fnmatchcase(name, pattern) for pattern in exclude):
+    if exclude is not None and matches(names, exclude):
         return "plain", "excluded"
     return "projected", "linear layers and embeddings"
 
 
-def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
+def _check_patterns(patterns: Sequence[str], names: Sequence[Sequence[str]]) -> None:
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(matches(own, [pattern]) for own in names):
             raise GradLiteError(
-                f"the pattern {pattern!r} matches no parameter; names look like {names[0]!r}, and * stands for anything."
+                f"the pattern {pattern!r} matches no parameter or layer; names look like "
+                f"{' or '.join(map(repr, names[0][:2]))}, and * stands for anything."
             )
 
 

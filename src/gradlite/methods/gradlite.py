@@ -3,12 +3,13 @@
 import difflib
 import inspect
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from typing import Any, Never
 
 from torch import Tensor, nn
 
 from gradlite.attaching import Coverage, attach, attachment_of, check_unchanged
+from gradlite.attaching.attachment import unwrapped
+from gradlite.attaching.patterns import matches, names_by_parameter
 from gradlite.errors import GradLiteError
 from gradlite.optim.moments import MomentsFormat
 from gradlite.optim.subspace_adamw import Feedback, MemoryFormat, SubspaceAdamW
@@ -43,7 +44,7 @@ class GradLite(SubspaceAdamW):
         basis: ``"gradient"``, ``"activation"`` or ``"random"`` (static); refresh_interval: steps between two refreshes of
             one basis; the bases take turns.
         moments: ``"int8"`` codes or ``"fp32"``. betas, eps, weight_decay: AdamW's; norms and biases are not decayed.
-        include, exclude: patterns on parameter names for what is projected; the rest is trained plain.
+        include, exclude: patterns on names of parameters or their layers for what is projected; the rest is trained plain.
         groups: ``[{"params": [patterns], "lr": …, "weight_decay": …}, …]``: param groups of their own, by name patterns.
         stochastic_rounding: of bfloat16 weights. seed: of bases, samples and rounding.
 
@@ -206,12 +207,13 @@ def _param_groups(
     plain = {entry.name for entry in coverage.entries if entry.kind == "plain"}
     own = {name.removeprefix("_orig_mod."): parameter for name, parameter in model.named_parameters()}
     trained.update({name: own[name] for name in own if name in plain})
+    names_of = names_by_parameter(unwrapped(model))
     groups: list[dict[str, Any]] = []
     for override in overrides:
         if "params" not in override:
             raise GradLiteError('a group needs "params", the name patterns of its parameters.')
         patterns = [override["params"]] if isinstance(override["params"], str) else list(override["params"])
-        names = [name for name in trained if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        names = [name for name in trained if matches(names_of[id(own[name])], patterns)]
         if not names:
             raise GradLiteError(f"the group {patterns!r} matches no trained parameter that an earlier group left.")
         settings = {key: value for key, value in override.items() if key != "params"}

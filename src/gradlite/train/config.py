@@ -124,10 +124,10 @@ class TrainConfig(BaseModel):
     )
     eps: float = _setting(1e-8, GRADLITE, "a number above 0", "AdamW's epsilon.", gt=0)
     include: list[str] = _setting(
-        [], GRADLITE, "a list of patterns", "Project only layers whose name fits this pattern (repeatable)."
+        [], GRADLITE, "a pattern or a list of patterns", "Project only layers whose name fits this pattern (repeatable)."
     )
     exclude: list[str] = _setting(
-        [], GRADLITE, "a list of patterns", "Do not project layers whose name fits this pattern (repeatable)."
+        [], GRADLITE, "a pattern or a list of patterns", "Do not project layers whose name fits this pattern (repeatable)."
     )
     stochastic_rounding: bool = _setting(
         True, GRADLITE, "true or false", "Round bf16 weights stochastically, so that small updates are not lost."
@@ -206,6 +206,8 @@ class TrainConfig(BaseModel):
             text = value.strip()
             if types.NoneType in kinds and text.lower() == "none":
                 return None
+            if key in ("include", "exclude"):
+                return [text]
             if key == "betas":
                 return [part.strip() for part in text.split(",")]
             if kinds == {int, float}:
