@@ -60,6 +60,8 @@ def test_the_card_holds_a_config_that_reproduces_the_run(train: Train) -> None:
     outcome = train(name="first")
     card = (outcome.path / "README.md").read_text()
     assert f"{outcome.record()['loss_after']:.4f}" in card
+    assert "\n\n- projected: " in card
+    assert "\n- plain: " in card
     settings = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
     again = train(**{**settings, "name": "second"})
     assert same(weights(outcome.path), weights(again.path))

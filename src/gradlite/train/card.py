@@ -52,7 +52,9 @@ def model_card(config: TrainConfig, result: Result, versions: Mapping[str, str])
 | before | {result.loss_before:.4f} |
 | after {result.steps} steps | {result.loss_after:.4f} ({_change(result.fall)}) |
 
-{in_count(result.num_parameters)} parameters: {result.coverage.strip()}
+{in_count(result.num_parameters)} parameters:
+
+{_listed(result.coverage)}
 
 {result.num_tokens:,} training tokens in {in_time(result.seconds)}, peak memory {in_bytes(result.peak_memory_bytes)}, \
 {result.skipped_steps} steps skipped because a loss or gradient was not finite.
@@ -72,6 +74,11 @@ Made with {", ".join(f"{name} {version}" for name, version in versions.items())}
 ## Held-out questions
 {questions}
 """
+
+
+def _listed(lines: str) -> str:
+    """One item a line: Markdown would run them together."""
+    return "\n".join(f"- {line}" for line in lines.strip().splitlines())
 
 
 def _change(fall: float) -> str:
