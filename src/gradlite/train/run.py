@@ -23,6 +23,7 @@ from gradlite.train.data import Data, load_data, sequences
 from gradlite.train.directory import RunDirectory, checkpoint_step
 from gradlite.train.memory import peak_memory_bytes
 from gradlite.train.models import load_model_and_tokenizer
+from gradlite.train.out_of_memory import out_of_memory_told
 from gradlite.train.outputs import save_outputs, show_answers, show_result
 from gradlite.train.overview import overview
 from gradlite.train.preview import preview
@@ -38,7 +39,7 @@ def run(config: TrainConfig, console: Console | None = None) -> Path:
     whatever the user can put right, and for a run that had to be given up (its last good checkpoint is kept and named).
     """
     console = console or Console(soft_wrap=True)
-    with quiet_libraries(console):
+    with quiet_libraries(console), out_of_memory_told():
         return _Run(config, console).do()
 
 
