@@ -67,6 +67,7 @@ def as_flags(settings: dict[str, object]) -> list[str]:
 
 
 EVERYTHING: dict[str, object] = {key: value for key, value in TrainConfig().settings().items() if value is not None} | {
+    "dataset_config": "main",
     "eval_dataset": "e.jsonl",
     "packing": True,
     "rank": "1/8",

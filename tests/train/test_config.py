@@ -14,6 +14,7 @@ from gradlite.train.config import GROUPS, TrainConfig, accepts_of, group_of
 OTHER_VALUES: dict[str, object] = {
     "model": "path/to/model",
     "dataset": "data.jsonl",
+    "dataset_config": "main",
     "eval_dataset": "held-out.jsonl",
     "train_on": "all",
     "seq_len": 128,

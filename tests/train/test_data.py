@@ -121,24 +121,48 @@ def test_missing_files(tmp_path: Path) -> None:
 def test_a_hub_id_is_asked_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load_dataset(name: str) -> dict[str, datasets.Dataset]:
-        asked.append(name)
+    def load_dataset(name: str, configuration: str | None) -> dict[str, datasets.Dataset]:
+        asked.append((name, configuration))
         rows = [{"instruction": "i", "context": "", "response": "r", "category": "c"}] * 3
         return {"train": datasets.Dataset.from_list(rows)}
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = load_source("databricks/databricks-dolly-15k")
-    assert asked == ["databricks/databricks-dolly-15k"]
+    load_source("openai/gsm8k", "main")
+    assert asked == [("databricks/databricks-dolly-15k", None), ("openai/gsm8k", "main")]
     assert parse(source.train, "dolly").examples == [Pair("i", "r", "\n")] * 3
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(name: str) -> None:
+    def unreachable(name: str, configuration: str | None) -> None:
         raise ConnectionError("no network\nand a long story")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(GradLiteError, match=r"'owner/data' is neither .* hub: no network$"):
         load_source("owner/data")
+
+
+def test_configurations(
+    monkeypatch: pytest.MonkeyPatch, sums: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """A directory with two configurations stands for a data set on the hub, which datasets reads in the same way."""
+    folder, original = tmp_path / "gsm8k", datasets.load_dataset
+    files = [f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("main", "socratic")]
+    folder.mkdir()
+    (folder / "README.md").write_text(f"---\nconfigs:\n{''.join(files)}---\n")
+    for name in ("main", "socratic"):
+        (folder / f"{name}.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+
+    def several(_name: str, configuration: str | None) -> Any:
+        return original(str(folder), configuration, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", several)
+    with pytest.raises(GradLiteError, match=r"'openai/gsm8k' has several .* one of \['main', 'socratic'\] as --dataset-config"):
+        load_source("openai/gsm8k")
+    assert list(load_source("openai/gsm8k", "socratic").train) == [{"question": "q", "answer": "a"}]
+    for name in (str(sums), "python-help"):
+        with pytest.raises(GradLiteError, match=r"configurations; leave out --dataset-config\.$"):
+            load_data(TrainConfig(dataset=name, dataset_config="main"), tokenizer)
 
 
 def config(path: Path, **settings: Any) -> TrainConfig:

@@ -41,6 +41,7 @@ def _setting(default: Any, group: str, accepts: str, description: str, **limits:
 
 # What other trainers call these keys; used only to suggest ours.
 _NAMES_ELSEWHERE = {
+    "dataset_config_name": "dataset_config",
     "eval_steps": "eval_every",
     "gradient_accumulation_steps": "accumulation",
     "learning_rate": "lr",
@@ -80,6 +81,13 @@ class TrainConfig(BaseModel):
         MODEL_AND_DATA,
         "a path or a hub id",
         "Data: 'python-help' (embedded), a path (jsonl, json, csv, parquet, directory), or a hub id.",
+        min_length=1,
+    )
+    dataset_config: str | None = _setting(
+        None,
+        MODEL_AND_DATA,
+        "a configuration's name, or none",
+        "Configuration of --dataset on the hub, such as 'main'; none: its only or default one.",
         min_length=1,
     )
     eval_dataset: str | None = _setting(

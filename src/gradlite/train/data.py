@@ -38,7 +38,9 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
 
     Raises `GradLiteError` where a data set is missing or unreadable, has no usable columns, or nothing to train on.
     """
-    source = _embedded() if config.dataset == DEFAULT_DATASET else load_source(config.dataset)
+    if config.dataset == DEFAULT_DATASET and config.dataset_config is not None:
+        raise GradLiteError(f"the embedded dataset {DEFAULT_DATASET!r} has no configurations; leave out --dataset-config.")
+    source = _embedded() if config.dataset == DEFAULT_DATASET else load_source(config.dataset, config.dataset_config)
     notices: list[str] = []
     if config.eval_dataset is not None:
         other = _embedded() if config.eval_dataset == DEFAULT_DATASET else load_source(config.eval_dataset)

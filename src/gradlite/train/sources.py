@@ -30,12 +30,18 @@ class Source:
     held_out: Rows | None
 
 
-def load_source(name: str) -> Source:
+def load_source(name: str, configuration: str | None = None) -> Source:
     """Read a data set by path (jsonl, json, csv, parquet, or a directory of such files) or by hub id.
+
+    `configuration` chooses one of those that a data set on the hub may have.
 
     Raises `GradLiteError` where it is missing, unreadable or empty.
     """
     path = Path(name).expanduser()
+    if configuration is not None and path.exists():
+        raise GradLiteError(
+            f"dataset {name!r} is local, and only data sets on the hub have configurations; leave out --dataset-config."
+        )
     if path.is_dir():
         source = _from_directory(path)
     elif path.is_file():
@@ -45,7 +51,7 @@ def load_source(name: str) -> Source:
             f"dataset {name!r} does not exist; give a jsonl, json, csv or parquet file, a directory, or a hub id."
         )
     else:
-        source = _from_hub(name)
+        source = _from_hub(name, configuration)
     if len(source.train) == 0:
         raise GradLiteError(f"dataset {name!r} has no rows.")
     return source
@@ -77,12 +83,18 @@ def _is_split(file: Path, split: str) -> bool:
     return re.fullmatch(rf"{re.escape(split)}([-_.].*)?", file.stem.lower()) is not None
 
 
-def _from_hub(name: str) -> Source:
+def _from_hub(name: str, configuration: str | None) -> Source:
     try:
-        return _from_splits(datasets.load_dataset(name), name)
+        return _from_splits(datasets.load_dataset(name, configuration), name)
     except GradLiteError:
         raise
     except Exception as error:  # the hub client raises its own errors, requests' and those of each file format
+        choice = re.search(r"available configs: (\[.*\])", str(error))
+        if choice:
+            raise GradLiteError(
+                f"dataset {name!r} has several configurations: give one of {choice[1]} as --dataset-config "
+                "(which is --dataset's; for --eval-dataset give a data set with one configuration)."
+            ) from error
         reason = str(error).strip().splitlines()
         raise GradLiteError(
             f"dataset {name!r} is neither a local file or directory nor could it be loaded from the hub: "
