@@ -123,7 +123,7 @@ def runs() -> dict[str, Run]:
     }
     grid: dict[str, Run] = {}
     for seed in (0, 1, 2):
-        for lr in (6e-5, 1.5e-4, 4e-4):
+        for lr in (6e-5, 1e-4, 1.5e-4, 4e-4):
             for name, (method, options) in methods.items():
                 grid[f"{name}-{lr:g}-s{seed}"] = (method, options, lr, seed, "float32")
                 grid[f"{name}-{lr:g}-s{seed}-bf16"] = (method, options, lr, seed, "bfloat16")

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradlite.attaching.coverage import Coverage, Entry, Kind
+from gradlite.attaching.holding import Hold, HoldPlan
+from gradlite.attaching.names import RESIDUAL_NORM
+from gradlite.attaching.operators import Operators, give_back, recognise, take_over
 from gradlite.attaching.patterns import matches, names_by_parameter
 from gradlite.attaching.rank import layer_rank, warn_if_clipped
-from gradlite.attaching.twins import RESIDUAL_NORM, become_itself, become_twin, can_become_twin
+from gradlite.attaching.twins import become_itself, become_twin, can_become_twin
 from gradlite.errors import GradLiteError
 from gradlite.ops.factors import LookupFactors
 from gradlite.subspace.collector import BasisKind, Collector, Coordinates, Window
@@ -26,9 +29,10 @@ _ATTRIBUTE = "_gradlite_attachment"
 class Attachment:
     """What :func:`attach` left on a model. ``projected``: name and weight of every collector, in the window's order."""
 
-    def __init__(self, window: Window, coverage: Coverage) -> None:
+    def __init__(self, window: Window, coverage: Coverage, operators: Operators) -> None:
         self.window = window
         self.coverage = coverage
+        self.operators = operators
         self.projected: list[tuple[str, nn.Parameter]] = []
         self.modules: list[nn.Module] = []
         self.hooks: list[RemovableHandle] = []
@@ -62,6 +66,7 @@ def attach(
     rank: int | float = 1 / 16,
     basis: BasisKind = "gradient",
     sample_residual: bool = True,
+    hold: Hold = "exact",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     seed: int = 0,
@@ -101,9 +106,15 @@ def attach(
     if not chosen:
         raise GradLiteError(_why_nothing(model, entries))
     warn_if_clipped(rank, [parameter.shape[1] for _, parameter in chosen])
-    attachment = Attachment(Window(basis, sample_residual, seed, chosen[0][1]), Coverage(tuple(entries)))
+    operators = Operators(HoldPlan(hold), seed)
+    recognise(model, operators)
+    window = Window(basis, sample_residual, seed, chosen[0][1])
+    attachment = Attachment(window, Coverage(tuple(entries)), operators)
+    take_over(model, operators)
+    module_names = {id(module): name for name, module in model.named_modules() if name}
     for name, parameter in chosen:
-        _project(attachment, name, parameter, owners[id(parameter)], rank)
+        _project(attachment, name, parameter, owners[id(parameter)], module_names, rank)
+    operators.plan.check_used(next(iter(module_names.values()), ""))
     attachment.modules[0].register_parameter(RESIDUAL_NORM, attachment.window.residual_norm)
     attachment.hooks.append(model.register_forward_pre_hook(_refuse_if_changed))
     object.__setattr__(model, _ATTRIBUTE, attachment)
@@ -119,6 +130,7 @@ def detach(model: nn.Module) -> nn.Module:
             handle.remove()
         for module in attachment.modules:
             become_itself(module)
+        give_back(model, attachment.operators)
         attachment.active = False
         object.__delattr__(model, _ATTRIBUTE)
     return model
@@ -191,12 +203,20 @@ def _why_nothing(model: nn.Module, entries: Sequence[Entry]) -> str:
     return f"{type(model).__name__} has no linear layer that GradLite could project ({found}); nothing was attached."
 
 
-def _project(attachment: Attachment, name: str, weight: nn.Parameter, owners: list[nn.Module], rank: int | float) -> None:
+def _project(
+    attachment: Attachment,
+    name: str,
+    weight: nn.Parameter,
+    owners: list[nn.Module],
+    names: dict[int, str],
+    rank: int | float,
+) -> None:
     rows, width = weight.shape
     layer = layer_rank(rank, width)
     collector = Collector(attachment.window, rows, width, layer, memory_rank(layer), weight)
     for module in owners:
-        become_twin(module, collector)
+        mode = attachment.operators.plan.mode_of(names[id(module)])
+        become_twin(module, collector, attachment.operators.holder(mode.codec))
         attachment.modules.append(module)
     attachment.projected.append((name, weight))
     attachment.absorb_uses_past_the_layer(name, weight, collector)

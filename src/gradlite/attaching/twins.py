@@ -1,11 +1,12 @@
-"""Backward-friendly twins of nn.Linear and nn.Embedding.
+"""Backward-friendly twins of modules.
 
 A module becomes its twin by a change of class, not by replacement: it stays the same object with the same parameters, names
 and hooks, ``isinstance`` holds, and changing the class back undoes it. The twin's class stands *behind* the module's own in
-the method resolution order, so that a subclass whose ``forward`` calls ``super().forward`` (a scaled embedding, say) reaches
-the subspace operator.
+the method resolution order where a weight is projected, so that a subclass whose ``forward`` calls ``super().forward`` (a
+scaled embedding, say) reaches the subspace operator; and before it where a forward pass is replaced as a whole.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,15 +14,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradlite.attaching.blocks import replayed
+from gradlite.attaching.causal_lm import forward_with_loss
+from gradlite.attaching.names import COORDINATES, RESIDUAL_NORM
+from gradlite.attaching.recognise import GatedLayout, gated_forward
+from gradlite.hold.holder import Holder
+from gradlite.ops.activation import ActivationKind, activation
 from gradlite.ops.embedding import subspace_embedding
+from gradlite.ops.gated_mlp import gated
 from gradlite.ops.linear import subspace_linear
+from gradlite.ops.norm import NormKind, norm
 from gradlite.subspace.collector import Collector, Coordinates
 
-COORDINATES = "gradlite_coordinates"
-RESIDUAL_NORM = "gradlite_residual_norm"
+
+class _Twin(nn.Module):
+    """What all twins share: copies and pickles make the class again from the module's own."""
+
+    gradlite_own_class: type[nn.Module]
+    gradlite_role: str
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The twin's class is made on demand and has no importable name.
+        return _blank_twin, (self.gradlite_own_class, self.gradlite_role), self.__dict__
 
 
-class _TwinState(nn.Module):
+class _TwinState(_Twin):
     """Keeps the coordinates out of files, and without storage when the module moves."""
 
     gradlite_collector: Collector
@@ -53,22 +70,21 @@ class _TwinState(nn.Module):
         self.gradlite_collector.move(fn)
         return result
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The twin's class is made on demand and has no importable name: copies and pickles make it again from the own class.
-        return _blank_twin, (type(self).gradlite_own_class,), self.__dict__  # type: ignore[attr-defined]
-
 
 class TwinLinear(nn.Linear):
     """``nn.Linear`` whose weight's gradient is absorbed as coordinates."""
 
     gradlite_collector: Collector
     gradlite_coordinates: Coordinates
+    gradlite_holder: Holder
 
     @torch.compiler.disable
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear.forward``. A compiled model calls it as it is: backward keeps state that graphs must not cache."""
         self.gradlite_collector.reads(input)
-        return subspace_linear(input, self.weight, self.bias, self.gradlite_coordinates, self.gradlite_collector)
+        return subspace_linear(
+            input, self.weight, self.bias, self.gradlite_coordinates, self.gradlite_collector, self.gradlite_holder
+        )
 
 
 class TwinEmbedding(nn.Embedding):
@@ -84,24 +100,108 @@ class TwinEmbedding(nn.Embedding):
         return subspace_embedding(input, self.weight, self.gradlite_coordinates, self.padding_idx, self.gradlite_collector)
 
 
-_TWIN_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+class TwinNorm(nn.Module):
+    """A norm that keeps ``x̂``, shared with the layers that read its result."""
+
+    gradlite_kind: NormKind
+    gradlite_holder: Holder
+
+    @torch.compiler.disable
+    def forward(self, *arguments: Tensor, **keywords: Tensor) -> Tensor:
+        """As the norm's own."""
+        (x,) = (*arguments, *keywords.values())
+        return norm(x, self._parameters.get("weight"), self._parameters.get("bias"), self.gradlite_kind, self.gradlite_holder)
 
 
-def _twin_class(own: type[nn.Module]) -> type[nn.Module]:
-    if own not in _TWIN_CLASSES:
-        twin: type[nn.Module] = TwinLinear if issubclass(own, nn.Linear) else TwinEmbedding
-        bases = (_TwinState, twin) if own in (nn.Linear, nn.Embedding) else (_TwinState, own, twin)
-        _TWIN_CLASSES[own] = type(own.__name__, bases, {"gradlite_own_class": own})
-    return _TWIN_CLASSES[own]
+class TwinActivation(nn.Module):
+    """An activation that keeps its input only."""
+
+    gradlite_kind: ActivationKind
+    gradlite_holder: Holder
+
+    @torch.compiler.disable
+    def forward(self, *arguments: Tensor, **keywords: Tensor) -> Tensor:
+        """As the activation's own."""
+        (x,) = (*arguments, *keywords.values())
+        return activation(x, self.gradlite_kind, self.gradlite_holder)
 
 
-def _blank_twin(own: type[nn.Module]) -> nn.Module:
-    twin = _twin_class(own)
+class TwinGatedMLP(nn.Module):
+    """A gated MLP that keeps gate and up."""
+
+    gradlite_kind: GatedLayout
+    gradlite_holder: Holder
+
+    @torch.compiler.disable
+    def forward(self, *arguments: Tensor, **keywords: Tensor) -> Tensor:
+        """As the MLP's own."""
+        (x,) = (*arguments, *keywords.values())
+        layout = self.gradlite_kind
+        return gated_forward(self, layout, x, lambda gate, up: gated(gate, up, layout.kind, self.gradlite_holder))
+
+
+class TwinBlock(nn.Module):
+    """A block of which only the input is kept."""
+
+    gradlite_holder: Holder
+
+    @torch.compiler.disable
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        """As the block's own, run again in backward."""
+        own = super().forward
+        if not torch.is_grad_enabled():
+            return own(*arguments, **keywords)
+        return replayed(own, arguments, keywords, self.gradlite_holder)
+
+
+class TwinCausalLM(nn.Module):
+    """A language model that never makes full logits for its loss."""
+
+    gradlite_own_class: type[nn.Module]
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        """As the model's own; where ``labels`` are given, ``logits`` is None in the result."""
+        return forward_with_loss(self, super().forward, arguments, keywords)
+
+
+_BEFORE: dict[str, type[nn.Module]] = {
+    "norm": TwinNorm, "activation": TwinActivation, "gated": TwinGatedMLP, "block": TwinBlock, "causal_lm": TwinCausalLM,
+}  # fmt: skip
+_BEHIND: dict[str, type[nn.Module]] = {"linear": TwinLinear, "embedding": TwinEmbedding}
+_TWIN_CLASSES: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
+
+
+def _twin_class(own: type[nn.Module], role: str) -> type[nn.Module]:
+    if (own, role) not in _TWIN_CLASSES:
+        if role in _BEFORE:
+            bases: tuple[type, ...] = (_Twin, _BEFORE[role], own)
+        else:
+            twin = _BEHIND[role]
+            bases = (_TwinState, twin) if own in (nn.Linear, nn.Embedding) else (_TwinState, own, twin)
+        names: dict[str, Any] = {"gradlite_own_class": own, "gradlite_role": role, "__module__": own.__module__}
+        if role in _BEFORE:
+            names["forward"] = _with_signature_of(own, _BEFORE[role])
+        _TWIN_CLASSES[own, role] = type(own.__name__, bases, names)
+    return _TWIN_CLASSES[own, role]
+
+
+def _with_signature_of(own: type[nn.Module], twin: type[nn.Module]) -> Callable[..., Any]:
+    """The twin's forward pass with the own signature, which transformers inspects."""
+
+    @functools.wraps(own.forward)
+    def forward(self: nn.Module, *arguments: Any, **keywords: Any) -> Any:
+        return twin.forward(self, *arguments, **keywords)
+
+    return forward
+
+
+def _blank_twin(own: type[nn.Module], role: str) -> nn.Module:
+    twin = _twin_class(own, role)
     return twin.__new__(twin)
 
 
 def is_twin(module: nn.Module) -> bool:
-    """Whether the module has been turned into a twin."""
+    """Whether the module has been turned into a twin with coordinates."""
     return isinstance(module, _TwinState)
 
 
@@ -112,16 +212,26 @@ def can_become_twin(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def become_twin(module: nn.Module, collector: Collector) -> None:
+def become_twin(module: nn.Module, collector: Collector, holder: Holder) -> None:
     """Changes the module's class and registers the coordinates on it."""
-    module.__class__ = _twin_class(type(module))
+    module.__class__ = _twin_class(type(module), "linear" if isinstance(module, nn.Linear) else "embedding")
     module.register_parameter(COORDINATES, collector.coordinates)
     module.gradlite_collector = collector  # type: ignore[assignment]
+    module.gradlite_holder = holder  # type: ignore[assignment]
+
+
+def become_recognised(module: nn.Module, role: str, kind: object, holder: Holder) -> None:
+    """Changes the class of a module that has no coordinates of its own. ``role``: a key of the table above."""
+    module.__class__ = _twin_class(type(module), role)
+    module.gradlite_kind = kind  # type: ignore[assignment]
+    module.gradlite_holder = holder  # type: ignore[assignment]
 
 
 def become_itself(module: nn.Module) -> None:
-    """Undoes :func:`become_twin`."""
+    """Undoes :func:`become_twin` and :func:`become_recognised`."""
     for name in (COORDINATES, RESIDUAL_NORM):
         module._parameters.pop(name, None)
-    del module.gradlite_collector
-    module.__class__ = module.gradlite_own_class  # type: ignore[assignment]
+    for name in ("gradlite_collector", "gradlite_kind", "gradlite_holder"):
+        module.__dict__.pop(name, None)
+    if isinstance(module, _Twin):
+        module.__class__ = module.gradlite_own_class

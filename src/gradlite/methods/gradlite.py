@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gradlite.attaching import Coverage, attach, attachment_of, check_unchanged
 from gradlite.attaching.attachment import unwrapped
+from gradlite.attaching.holding import Hold
 from gradlite.attaching.patterns import matches, names_by_parameter
 from gradlite.errors import GradLiteError
 from gradlite.optim.moments import MomentsFormat
@@ -43,6 +44,7 @@ class GradLite(SubspaceAdamW):
         feedback_memory: ``"factored"`` (rank/4 factors), ``"int4"`` (0.53 bytes a parameter), ``"fp32"`` (exact).
         basis: ``"gradient"``, ``"activation"`` or ``"random"`` (static); refresh_interval: steps between two refreshes of
             one basis; the bases take turns.
+        hold: how tensors wait for the backward pass; see :func:`gradlite.attach`.
         moments: ``"int8"`` codes or ``"fp32"``. betas, eps, weight_decay: AdamW's; norms and biases are not decayed.
         include, exclude: patterns on names of parameters or their layers for what is projected; the rest is trained plain.
         groups: ``[{"params": [patterns], "lr": …, "weight_decay": …}, …]``: param groups of their own, by name patterns.
@@ -68,6 +70,7 @@ class GradLite(SubspaceAdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        hold: Hold = "exact",
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         groups: Sequence[dict[str, Any]] = (),
@@ -96,6 +99,7 @@ class GradLite(SubspaceAdamW):
             rank=rank,
             basis=basis,
             sample_residual=feedback != "off",
+            hold=hold,
             include=include,
             exclude=exclude,
             seed=seed,

@@ -3,6 +3,9 @@
 Equal to ``torch.nn.functional.linear(x, W, b)`` in the forward pass and in ``∂L/∂x`` and ``∂L/∂b`` (both exact; errors
 never travel to earlier layers). Instead of ``∂L/∂W`` (M×N) it hands the gradient's factors to ``absorb``, which returns the
 gradient of the coordinates ``C`` (M×R). Source: docs/method.md, section 1.
+
+Two autograd nodes make one layer. The first saves what waits, the second multiplies: a replay of a block (checkpointing)
+stops as soon as everything is saved, and so never pays for the last layer's product.
 """
 
 from collections.abc import Callable
@@ -13,48 +16,96 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gradlite.hold.codec import Codec
+from gradlite.hold.holder import Holder
+from gradlite.hold.ticket import Ticket
 from gradlite.ops.factors import DenseFactors, GradientFactors
 
 Absorb = Callable[[GradientFactors], Tensor]
 """Takes one gradient as factors, returns the coordinates' gradient (M×R) in the coordinates' dtype."""
 
 
-class _SubspaceLinear(torch.autograd.Function):
-    """Keeps ``x`` and ``W`` by reference (no copies); nothing else waits for backward."""
+def linear_bytes(codec: Codec, num_tokens: int, width: int, itemsize: int) -> int:
+    """Bytes that a linear layer holds where no operator before it holds its input already (then: none)."""
+    return codec.nbytes(num_tokens, width, itemsize)
+
+
+class _Kept:
+    """Leads from the second node to what the first one saved."""
+
+    def __init__(self, ticket: Ticket | None) -> None:
+        self.ticket = ticket
+        self.node: Any = None
+
+
+class _Keep(torch.autograd.Function):
+    """Passes ``x`` on; keeps ``W`` by reference and the leaves of ``x`` (those of other operators cost nothing)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, coordinates_MR: Tensor, weight_MN: Tensor, kept: _Kept, *leaves: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_MN, *leaves)
+        ctx.num_leaves = len(leaves)
+        kept.node = ctx
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, None, None, *(None for _ in range(ctx.num_leaves))
+
+
+class _Multiply(torch.autograd.Function):
+    """Keeps nothing of its own."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_MN: Tensor, bias_M: Tensor | None, coordinates_MR: Tensor, absorb: Absorb
+        ctx: Any, x: Tensor, weight_MN: Tensor, bias_M: Tensor | None, coordinates_MR: Tensor, absorb: Absorb, kept: _Kept
     ) -> Tensor:
-        ctx.save_for_backward(x, weight_MN)
-        ctx.absorb = absorb
+        ctx.absorb, ctx.kept = absorb, kept
         return F.linear(x, weight_MN, bias_M)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None]:
-        x, weight_MN = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:
+        needs_x, _, needs_bias, needs_coordinates, _, _ = ctx.needs_input_grad
         grad_TM = grad.reshape(-1, grad.shape[-1])
-        needs_x, _, needs_bias, needs_coordinates, _ = ctx.needs_input_grad
-        grad_x = (grad_TM @ weight_MN).view(x.shape) if needs_x else None
         grad_bias = grad_TM.sum(0) if needs_bias else None
-        grad_coordinates = ctx.absorb(DenseFactors(grad_TM, x.reshape(-1, x.shape[-1]))) if needs_coordinates else None
-        return grad_x, None, grad_bias, grad_coordinates, None
+        if not (needs_x or needs_coordinates):
+            return None, None, grad_bias, None, None, None
+        weight_MN, *leaves = ctx.kept.node.saved_tensors
+        grad_coordinates = None
+        if needs_coordinates:
+            x_TN = ctx.kept.ticket.get(leaves).view(-1, weight_MN.shape[1]).to(grad.dtype)
+            grad_coordinates = ctx.absorb(DenseFactors(grad_TM, x_TN))
+            del x_TN
+        # The weight waits in its own dtype: under autocast a cast costs less than a second copy of the model.
+        grad_x = (grad_TM @ weight_MN.to(grad.dtype)).view(*grad.shape[:-1], weight_MN.shape[1]) if needs_x else None
+        return grad_x, None, grad_bias, grad_coordinates, None, None
 
 
-def subspace_linear(x: Tensor, weight_MN: Tensor, bias_M: Tensor | None, coordinates_MR: Tensor, absorb: Absorb) -> Tensor:
+def subspace_linear(
+    x: Tensor, weight_MN: Tensor, bias_M: Tensor | None, coordinates_MR: Tensor, absorb: Absorb, holder: Holder
+) -> Tensor:
     """``F.linear(x, weight, bias)`` whose weight gradient is absorbed as coordinates.
 
     Args:
         x: ``(…, N)``. weight_MN: the layer's weight; receives no ``.grad``. bias_M: or None; its gradient is exact.
         coordinates_MR: a leaf of zeros that receives ``δᵀ(xP)``. absorb: see :data:`Absorb`; called once in backward.
+        holder: how ``x`` waits, unless an operator that made it holds it already.
 
-    Under autocast the operands are cast first, so that what waits for backward is the low-precision copy, as in
-    ``F.linear``.
+    Under autocast the operands are cast first, as in ``F.linear``, and what waits is the low-precision copy of ``x``.
     """
+    own, own_weight_MN = x, weight_MN
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight_MN = x.to(dtype), weight_MN.to(dtype)
         bias_M = None if bias_M is None else bias_M.to(dtype)
-    output: Tensor = _SubspaceLinear.apply(x, weight_MN, bias_M, coordinates_MR, absorb)
+    if not torch.is_grad_enabled():
+        return F.linear(x, weight_MN, bias_M)
+    kept, leaves = _Kept(None), ()
+    if coordinates_MR.requires_grad:
+        held = holder.hold(own, x.dtype)
+        kept.ticket, leaves = held.ticket, held.leaves
+    x = _Keep.apply(x, coordinates_MR, own_weight_MN, kept, *leaves)
+    output: Tensor = _Multiply.apply(x, weight_MN, bias_M, coordinates_MR, absorb, kept)
     return output

@@ -9,7 +9,7 @@ A *window* is what lies between two optimizer steps: one backward pass, or sever
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -163,6 +163,26 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+class Absorbed(NamedTuple):
+    """What one gradient leaves behind. ``sample`` and ``diagonal`` are None where no residual is sampled."""
+
+    gradient_MR: Tensor
+    sketch_NR: Tensor | None
+    sample: ResidualSample | None
+    diagonal: Tensor | None
+    num_tokens: int
+
+    def scaled(self, factor: Tensor) -> "Absorbed":
+        """Of ``factor`` times the gradient (a scalar tensor)."""
+        sketch = None if self.sketch_NR is None else self.sketch_NR * factor.to(self.sketch_NR.dtype)
+        sample, diagonal = self.sample, self.diagonal
+        if sample is not None and diagonal is not None:
+            sample = ResidualSample(sample.left_KM * factor.to(sample.left_KM.dtype), sample.right_KN)
+            diagonal = diagonal * factor.to(diagonal.dtype).square()
+        gradient_MR = self.gradient_MR * factor.to(self.gradient_MR.dtype)
+        return Absorbed(gradient_MR, sketch, sample, diagonal, self.num_tokens)
+
+
 class Collector:
     """Absorbs the gradients of one M×N weight. ``rows`` = M; one for both uses of a tied embedding."""
 
@@ -194,26 +214,53 @@ class Collector:
 
     def __call__(self, factors: GradientFactors) -> Tensor:
         """Absorbs one gradient; returns the coordinates' gradient ``G P`` (M×R) in the coordinates' dtype."""
-        with torch.autocast(factors.right_TN.device.type, enabled=False):  # backward may run inside the user's autocast
-            return self._absorb(factors)
+        return self.take(self.measure(factors))
 
-    def _absorb(self, factors: GradientFactors) -> Tensor:
-        right_TN = factors.right_TN
-        matrix_NR = self.basis.matrix_NR
-        if matrix_NR is None:
-            matrix_NR = self._first_basis(factors).to(self.coordinates.dtype)
-            if bool(torch.isfinite(matrix_NR).all()):  # or the step will be skipped, and the next batch makes the basis
-                self.basis.matrix_NR = matrix_NR
-        basis_NR = matrix_NR.to(right_TN.dtype)
-        inside_TR = right_TN @ basis_NR
-        gradient_MR = factors.left_t_matmul(inside_TR)
-        if self.basis.due:
-            self._sketch(factors, inside_TR)
+    def measure(self, factors: GradientFactors) -> "Absorbed":
+        """What one gradient leaves behind, not yet added to the window. The first one ever makes the basis."""
+        with torch.autocast(factors.right_TN.device.type, enabled=False):  # backward may run inside the user's autocast
+            right_TN = factors.right_TN
+            matrix_NR = self.basis.matrix_NR
+            if matrix_NR is None:
+                matrix_NR = self._first_basis(factors).to(self.coordinates.dtype)
+                if bool(torch.isfinite(matrix_NR).all()):  # or the step will be skipped, and the next batch makes the basis
+                    self.basis.matrix_NR = matrix_NR
+            basis_NR = matrix_NR.to(right_TN.dtype)
+            inside_TR = right_TN @ basis_NR
+            gradient_MR = factors.left_t_matmul(inside_TR).to(self.coordinates.dtype)
+            sketch_NR = self._sketch(factors, inside_TR) if self.basis.due else None
+            if not (self.window.sample_residual and self.basis.rank < self.basis.width):
+                return Absorbed(gradient_MR, sketch_NR, None, None, 0)
+            sample = sample_residual(factors, basis_NR, inside_TR, self.sample_count, self.window.generator)
+            return Absorbed(gradient_MR, sketch_NR, *sample, right_TN.shape[0])
+
+    def join(self, a: "Absorbed", b: "Absorbed") -> "Absorbed":
+        """The sum of two gradients, as if they had come at once (their samples are thinned to one's size)."""
+        sketch = b.sketch_NR if a.sketch_NR is None else a.sketch_NR if b.sketch_NR is None else a.sketch_NR + b.sketch_NR
+        gradient_MR = a.gradient_MR + b.gradient_MR
+        if a.sample is None or b.sample is None or a.diagonal is None or b.diagonal is None:
+            return Absorbed(gradient_MR, sketch, None, None, 0)
+        sample = merge_samples(a.sample, b.sample, self.sample_count, self.window.generator)
+        return Absorbed(gradient_MR, sketch, sample, a.diagonal + b.diagonal, a.num_tokens + b.num_tokens)
+
+    def take(self, absorbed: "Absorbed") -> Tensor:
+        """Adds it to the window; returns the coordinates' gradient."""
+        if absorbed.sketch_NR is not None:
+            held = self.basis.sketch_NR
+            self.basis.sketch_NR = absorbed.sketch_NR if held is None else held + absorbed.sketch_NR
         change = None
-        if self.window.sample_residual and self.basis.rank < self.basis.width:
-            change = self._sample(factors, basis_NR, inside_TR)
+        if absorbed.sample is not None and absorbed.diagonal is not None:
+            before = None if self.sample is None else self.residual_squared()[0]
+            sample, diagonal = absorbed.sample, absorbed.diagonal
+            self.num_tokens += absorbed.num_tokens
+            if self.sample is not None and self.diagonal is not None:
+                sample = merge_samples(self.sample, sample, self.sample_count, self.window.generator)
+                diagonal = self.diagonal + diagonal
+            self.sample, self.diagonal = sample, diagonal
+            after = self.residual_squared()[0]
+            change = after if before is None else after - before
         self.window.note_norm(change)
-        return gradient_MR.to(self.coordinates.dtype)
+        return absorbed.gradient_MR
 
     def _first_basis(self, factors: GradientFactors) -> Tensor:
         start_NR = random_basis(self.basis.width, self.basis.rank, self.window.generator, factors.right_TN)
@@ -223,26 +270,12 @@ class Collector:
             return activation_basis(factors.right_TN, start_NR)
         return gradient_basis(factors, start_NR)
 
-    def _sketch(self, factors: GradientFactors, inside_TR: Tensor) -> None:
+    def _sketch(self, factors: GradientFactors, inside_TR: Tensor) -> Tensor | None:
         if self.window.kind == "activation":
-            sketch_NR = factors.right_TN.T @ inside_TR
-        elif self.probe_MR is None:  # no gradient had reached this weight when the basis became due
-            return
-        else:
-            sketch_NR = pull_back(factors, self.probe_MR.to(factors.right_TN.dtype))
-        held = self.basis.sketch_NR
-        self.basis.sketch_NR = sketch_NR if held is None else held + sketch_NR
-
-    def _sample(self, factors: GradientFactors, basis_NR: Tensor, inside_TR: Tensor) -> Tensor:
-        before = None if self.sample is None else self.residual_squared()[0]
-        sample, diagonal = sample_residual(factors, basis_NR, inside_TR, self.sample_count, self.window.generator)
-        self.num_tokens += factors.right_TN.shape[0]
-        if self.sample is not None and self.diagonal is not None:
-            sample = merge_samples(self.sample, sample, self.sample_count, self.window.generator)
-            diagonal = self.diagonal + diagonal
-        self.sample, self.diagonal = sample, diagonal
-        after = self.residual_squared()[0]
-        return after if before is None else after - before
+            return factors.right_TN.T @ inside_TR
+        if self.probe_MR is None:  # no gradient had reached this weight when the basis became due
+            return None
+        return pull_back(factors, self.probe_MR.to(factors.right_TN.dtype))
 
     def residual_squared(self) -> tuple[Tensor, Tensor]:
         """The window's estimate of ``‖R‖²`` (may be negative), and ``‖R̂‖²``: scalars in float32 or wider.

@@ -1,0 +1,65 @@
+"""Puts GradLite's attention into a transformers model through transformers' own registry of attention functions."""
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradlite.ops.attention import attention
+
+IMPLEMENTATION = "gradlite"
+HOLDER = "gradlite_holder"
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """As transformers' ``sdpa_attention_forward``, which also takes whatever this operator does not offer."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    holder = getattr(module, HOLDER, None)
+    unusual = any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap"))
+    if holder is None or unusual or dropout > 0.0 or not query.requires_grad or query.shape[2] == 1:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    return attention(query, key, value, attention_mask, attention_mask is None and bool(causal), scale, holder), None
+
+
+def register() -> None:
+    """Makes the implementation known to transformers, with the masks of its ``sdpa``."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(IMPLEMENTATION, _forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def switch(model: nn.Module, to: str) -> bool:
+    """Switches every attention of a transformers model that uses ``sdpa`` (or GradLite's) to ``to``; False if there is none."""
+    if "transformers" not in sys.modules:
+        return False
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or not model._can_set_attn_implementation():
+        return False
+    if model.config._attn_implementation not in ("sdpa", IMPLEMENTATION):
+        return False
+    register()
+    model.set_attn_implementation(to)
+    return bool(model.config._attn_implementation == to)
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module calls the registry: transformers' attention layers are named so and carry these marks."""
+    return type(module).__name__.endswith("Attention") and hasattr(module, "config") and hasattr(module, "is_causal")

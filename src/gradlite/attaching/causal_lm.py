@@ -1,0 +1,90 @@
+"""Causal language models whose loss is computed in tiles over the vocabulary head: full logits never exist."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gradlite.attaching.names import COORDINATES
+from gradlite.ops.loss import LossKind, tiled_cross_entropy
+
+MODEL_TYPES = frozenset(
+    "gemma gemma2 gemma3_text gpt2 gpt_neox llama mistral olmo olmo2 olmo3 phi phi3 qwen2 qwen3 smollm3 starcoder2".split()
+)
+"""Whose logits are the head's product with the body's last hidden state, soft-capped if the config says so; see the tests."""
+
+
+def can_tile_loss(model: nn.Module) -> bool:
+    """Whether the model is one of :data:`MODEL_TYPES`, with a head, and a language model's own loss."""
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) not in MODEL_TYPES or not type(model).__name__.endswith("ForCausalLM"):
+        return False
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return isinstance(head, nn.Linear) and "labels" in inspect.signature(model.forward).parameters
+
+
+def forward_with_loss(model: Any, own_forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """The model's forward pass; with ``labels`` the loss comes from tiles, and ``logits`` is None."""
+    bound = inspect.signature(own_forward).bind_partial(*arguments, **keywords).arguments
+    given = {**bound, **bound.pop("kwargs", {})}
+    labels = given.pop("labels", None)
+    if labels is None or given.get("return_dict") is False or not _is_default(given.get("logits_to_keep")):
+        return own_forward(*arguments, **keywords)
+    own_loss = {
+        key: given.pop(key) for key in ("num_items_in_batch", "ignore_index", "shift_labels", "label_smoothing") if key in given
+    }
+    given.pop("logits_to_keep", None)
+    if given.get("use_cache") is None and torch.is_grad_enabled():
+        given["use_cache"] = False  # the config's default would keep every layer's keys and values
+    outputs = model.base_model(**given)
+    loss = causal_lm_loss(model, outputs[0], labels, **own_loss)
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    return CausalLMOutputWithPast(
+        loss=loss,
+        past_key_values=outputs.get("past_key_values"),
+        hidden_states=outputs.get("hidden_states"),
+        attentions=outputs.get("attentions"),
+    )
+
+
+def _is_default(logits_to_keep: Any) -> bool:
+    return logits_to_keep is None or (isinstance(logits_to_keep, int) and logits_to_keep == 0)
+
+
+def causal_lm_loss(
+    model: Any,
+    hidden: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """As transformers' ``ForCausalLMLoss``: mean over the labelled tokens, or their sum over ``num_items_in_batch``."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    labels_T = shift_labels.reshape(-1).to(hidden.device)
+    h_TN = hidden.reshape(-1, hidden.shape[-1])
+    counts_T = labels_T != ignore_index
+    count = counts_T.sum()
+    head = model.get_output_embeddings()
+    collector = getattr(head, "gradlite_collector", None)
+    if collector is not None:
+        collector.reads(hidden)
+    place_T = counts_T.nonzero().squeeze(1)
+    if len(place_T) < len(labels_T):
+        h_TN, labels_T = h_TN.index_select(0, place_T), labels_T[place_T]
+    total = tiled_cross_entropy(
+        h_TN,
+        head.weight,
+        head.bias,
+        labels_T,
+        coordinates_VR=head._parameters.get(COORDINATES),
+        measure=collector,
+        kind=LossKind(getattr(model.config, "final_logit_softcapping", None) or 0.0, label_smoothing),
+    )
+    return total / (count if num_items_in_batch is None else num_items_in_batch)

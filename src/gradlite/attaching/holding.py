@@ -1,0 +1,89 @@
+"""The ways of holding that users name, and which module gets which.
+
+``exact``, ``int8``, ``int4``: what operators keep. ``recompute``, ``recompute-int8``: only a block's input is kept, as it is or
+in codes, and the block runs again in backward (its operators then keep exact tensors, of one block at a time).
+"""
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from gradlite.errors import GradLiteError
+from gradlite.hold.codec import EXACT, INT4, INT8, Codec
+
+HoldMode = Literal["exact", "int8", "int4", "recompute", "recompute-int8"]
+Hold = HoldMode | Mapping[str, HoldMode]
+"""One mode, or ``{pattern: mode}``: the first pattern that matches the name of a module or of one of its parents decides."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """``codec``: of what operators keep. ``boundary``: of a replayed block's input; None where blocks are not replayed."""
+
+    name: HoldMode
+    codec: Codec
+    boundary: Codec | None = None
+
+
+MODES: dict[str, Mode] = {
+    "exact": Mode("exact", EXACT),
+    "int8": Mode("int8", INT8),
+    "int4": Mode("int4", INT4),
+    "recompute": Mode("recompute", EXACT, EXACT),
+    "recompute-int8": Mode("recompute-int8", EXACT, INT8),
+}
+
+
+class HoldPlan:
+    """Looks up the mode of a module by its name."""
+
+    def __init__(self, hold: Hold) -> None:
+        named = {"*": hold} if isinstance(hold, str) else dict(hold)
+        for mode in named.values():
+            if mode not in MODES:
+                raise GradLiteError(f"hold={mode!r} is unknown; choose one of {', '.join(map(repr, get_args(HoldMode)))}.")
+        if "int4" in named.values():
+            warnings.warn(INT4_WARNING, stacklevel=4)
+        self._rules = [(pattern, _expression(pattern), MODES[mode]) for pattern, mode in named.items()]
+        self._used: set[str] = set()
+
+    def mode_of(self, name: str) -> Mode:
+        """The mode of the module called ``name``; ``exact`` where no pattern matches."""
+        parts = name.split(".")
+        ancestors = [".".join(parts[:length]) for length in range(len(parts), 0, -1)] or [""]
+        for pattern, expression, mode in self._rules:
+            if pattern == "*" or any(expression.fullmatch(ancestor) for ancestor in ancestors):
+                self._used.add(pattern)
+                return mode
+        return MODES["exact"]
+
+    def check_used(self, example: str) -> None:
+        """Raises GradLiteError if a pattern matched no module."""
+        for pattern, _, _ in self._rules:
+            if pattern not in self._used and pattern != "*":
+                raise GradLiteError(
+                    f"the hold pattern {pattern!r} decides about no module (it matches none, or an earlier pattern took them); "
+                    f"names look like {example!r}, * stands for anything and [0-15] for a range of numbers."
+                )
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    """``*`` is anything; ``[a-b]`` and ``[a,b]`` are numbers."""
+    pieces = []
+    for piece in re.split(r"(\*|\[[0-9,\- ]+\])", pattern):
+        if piece == "*":
+            pieces.append(".*")
+        elif piece.startswith("["):
+            numbers: set[int] = set()
+            for part in piece[1:-1].split(","):
+                ends = [int(end) for end in part.split("-")]
+                numbers.update(range(ends[0], ends[-1] + 1))
+            pieces.append("(?:" + "|".join(str(number) for number in sorted(numbers)) + ")")
+        else:
+            pieces.append(re.escape(piece))
+    return re.compile("".join(pieces))
+
+
+INT4_WARNING = "hold='int4' keeps less than the gradient needs."

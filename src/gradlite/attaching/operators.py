@@ -1,0 +1,107 @@
+"""Finds the operators of a model whose way of waiting for backward GradLite knows, and gives each its holder."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from gradlite.attaching import attention
+from gradlite.attaching.blocks import named_blocks
+from gradlite.attaching.causal_lm import can_tile_loss
+from gradlite.attaching.holding import HoldPlan, Mode
+from gradlite.attaching.recognise import activation_kind, gated_layout, norm_kind
+from gradlite.attaching.twins import become_itself, become_recognised
+from gradlite.hold.codec import Codec
+from gradlite.hold.holder import Holder
+from gradlite.hold.noise import Noise
+from gradlite.hold.shelf import Shelf
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One recognised module. ``role``: norm, activation, gated, attention, block or causal_lm."""
+
+    name: str
+    role: str
+    module: nn.Module
+    kind: object
+    mode: Mode
+
+
+class Operators:
+    """What :func:`recognise` found; ``noise`` is the state that a resumed run needs."""
+
+    def __init__(self, hold: HoldPlan, seed: int) -> None:
+        self.plan = hold
+        self.noise = Noise(seed)
+        self.found: list[Operator] = []
+        self.attention_switched = False
+        self._shelf = Shelf()
+        self._holders: dict[str, Holder] = {}
+
+    def holder(self, codec: Codec) -> Holder:
+        """The one holder with this codec; all share what is held."""
+        if codec.name not in self._holders:
+            self._holders[codec.name] = Holder(codec, self.noise, self._shelf)
+        return self._holders[codec.name]
+
+    def clear_shelf(self) -> None:
+        """When a step is over: what the last forward pass offered is of no more use."""
+        self._shelf.clear()
+
+
+def recognise(model: nn.Module, operators: Operators) -> None:
+    """Finds the model's operators; changes nothing yet."""
+    like = next(iter(model.parameters()))
+    taken: set[int] = set()
+
+    def note(name: str, role: str, module: nn.Module, kind: object) -> None:
+        taken.add(id(module))
+        operators.found.append(Operator(name, role, module, kind, operators.plan.mode_of(name)))
+
+    if can_tile_loss(model):
+        note("", "causal_lm", model, None)
+    for name, block in named_blocks(model):
+        mode = operators.plan.mode_of(name)
+        if mode.boundary is not None:
+            note(name, "block", block, None)
+    for name, module in model.named_modules():
+        if id(module) in taken:
+            continue
+        layout = gated_layout(module, like)
+        if layout is not None:
+            note(name, "gated", module, layout)
+            taken.update(id(part) for part in module.children() if not isinstance(part, nn.Linear))
+        elif attention.is_attention(module):
+            note(name, "attention", module, None)
+    for name, module in model.named_modules():
+        if id(module) in taken:
+            continue
+        norm = norm_kind(module, like)
+        activation = activation_kind(module, like) if norm is None else None
+        if norm is not None:
+            note(name, "norm", module, norm)
+        elif activation is not None:
+            note(name, "activation", module, activation)
+
+
+def take_over(model: nn.Module, operators: Operators) -> None:
+    """Turns what was found into twins."""
+    operators.attention_switched = attention.switch(model, attention.IMPLEMENTATION)
+    if not operators.attention_switched:
+        operators.found = [operator for operator in operators.found if operator.role != "attention"]
+    for operator in operators.found:
+        codec = operator.mode.codec
+        if operator.role == "block" and operator.mode.boundary is not None:
+            codec = operator.mode.boundary
+        if operator.role == "attention":
+            operator.module.gradlite_holder = operators.holder(codec)  # type: ignore[assignment]
+        else:
+            become_recognised(operator.module, operator.role, operator.kind, operators.holder(codec))
+
+
+def give_back(model: nn.Module, operators: Operators) -> None:
+    """Undoes :func:`take_over`."""
+    for operator in operators.found:
+        become_itself(operator.module)
+    if operators.attention_switched:
+        attention.switch(model, "sdpa")

@@ -1,0 +1,125 @@
+"""What a module computes, found out by trying it: a name can mislead, numbers cannot.
+
+A module is recognised when its own forward pass, on a few random rows, equals one of the operators of ``gradlite.ops``. What is
+not recognised keeps its own code and its own way of waiting for backward.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from gradlite.ops.activation import ActivationKind, activate, wide
+from gradlite.ops.gated_mlp import gated_value
+from gradlite.ops.norm import NormKind, norm_value
+
+_ROWS = 3
+_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+@torch.no_grad()
+def _error(own: Callable[[Tensor], Tensor], twin: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """The largest difference, relative to the largest value; infinite where the module takes no such input."""
+    try:
+        expected, found = own(x), twin(x)
+    except Exception:  # whatever a strange module raises on rows it was not made for
+        return float("inf")
+    if not isinstance(expected, Tensor) or expected.shape != found.shape or expected.dtype != found.dtype:
+        return float("inf")
+    scale = wide(expected).abs().max().clamp_min(1e-30)
+    return float((wide(expected) - wide(found)).abs().max() / scale)
+
+
+def _rows(width: int, like: Tensor) -> Tensor | None:
+    if like.is_meta or not like.is_floating_point():
+        return None
+    generator = torch.Generator().manual_seed(0)
+    return (2.0 * torch.randn(_ROWS, width, generator=generator) + 0.5).to(device=like.device, dtype=like.dtype)
+
+
+def norm_kind(module: nn.Module, like: Tensor) -> NormKind | None:
+    """The norm that ``module`` computes over its last dimension, or None. ``like``: any parameter of the model."""
+    if any(True for _ in module.children()) or set(module._parameters) - {"weight", "bias"}:
+        return None
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    if weight is not None:
+        if weight.dim() != 1 or "Norm" not in type(module).__name__:
+            return None
+        width, like = weight.shape[0], weight
+    else:
+        shape = getattr(module, "normalized_shape", None)
+        if not isinstance(shape, tuple) or len(shape) != 1:
+            return None
+        width = shape[0]
+    x = _rows(width, like)
+    if x is None:
+        return None
+    eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), 1e-5)
+    if eps is None:  # torch's RMSNorm: the input's machine epsilon
+        eps = torch.finfo(x.dtype).eps
+    plain = NormKind(float(eps))
+    kinds = [
+        plain,
+        dataclasses.replace(plain, scale_first=True),
+        dataclasses.replace(plain, plus_one=True),
+        dataclasses.replace(plain, plus_one=True, scale_first=True),
+        dataclasses.replace(plain, centred=True),
+    ]
+    errors = [_error(module.forward, lambda rows, kind=kind: norm_value(rows, weight, bias, kind), x) for kind in kinds]
+    best = min(range(len(kinds)), key=lambda place: errors[place])
+    return kinds[best] if errors[best] <= _TOLERANCE[x.dtype] else None
+
+
+def activation_kind(module: nn.Module, like: Tensor) -> ActivationKind | None:
+    """The activation that ``module`` computes element by element, or None."""
+    if any(True for _ in module.children()) or module._parameters or module._buffers or like.is_meta:
+        return None
+    x = torch.linspace(-6.0, 6.0, 97).to(device=like.device, dtype=like.dtype)[None]
+    for kind in get_args(ActivationKind):
+        if _error(module.forward, lambda row, kind=kind: activate(kind, wide(row)).to(row.dtype), x) <= _TOLERANCE[x.dtype] / 8:
+            return kind  # type: ignore[no-any-return]
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedLayout:
+    """Names of a gated MLP's parts; ``up`` is None where one layer makes gate and up, in this order."""
+
+    kind: ActivationKind
+    gate: str
+    up: str | None
+    down: str
+
+
+_LAYOUTS = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", None, "down_proj"), ("w1", "w3", "w2"))
+
+
+def gated_layout(module: nn.Module, like: Tensor) -> GatedLayout | None:
+    """The parts of a gated MLP ``down(act(gate(x)) · up(x))``, or None."""
+    parts = dict(module.named_children())
+    for gate, up, down in _LAYOUTS:
+        names = [name for name in (gate, up, down) if name is not None]
+        if not all(isinstance(parts.get(name), nn.Linear) for name in names):
+            continue
+        others = [part for name, part in parts.items() if name not in names]
+        kinds = [kind for kind in (activation_kind(part, like) for part in others) if kind is not None]
+        x = _rows(parts[gate].in_features, parts[gate].weight)  # type: ignore[arg-type]
+        if len(kinds) != 1 or len(others) != 1 or x is None:
+            continue
+        layout = GatedLayout(kinds[0], gate, up, down)
+        if _error(module.forward, lambda rows, layout=layout: gated_forward(module, layout, rows), x) <= _TOLERANCE[x.dtype]:
+            return layout
+    return None
+
+
+def gated_forward(
+    module: nn.Module, layout: GatedLayout, x: Tensor, product: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Tensor:
+    """The MLP's forward pass by its parts. ``product``: makes ``act(gate)·up``."""
+    gate = getattr(module, layout.gate)(x)
+    gate, up = gate.chunk(2, -1) if layout.up is None else (gate, getattr(module, layout.up)(x))
+    h = gated_value(layout.kind, gate, up) if product is None else product(gate, up)
+    result: Tensor = getattr(module, layout.down)(h)
+    return result

@@ -1,0 +1,87 @@
+"""Elementwise kernels through torch.compile, and eager PyTorch where that does not work.
+
+Compiled, a codec costs about a nanosecond an element; in eager mode about ten times that, for every step of it is a pass over
+memory. Rows (tokens) are a dynamic size: batches of other lengths use the same kernel.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ENVIRONMENT_SWITCH = "GRADLITE_COMPILE"
+"""Set to 0 to run in eager mode, for debugging."""
+
+SMALL = 1 << 14
+"""Work on fewer elements runs eagerly: compiling takes seconds."""
+
+
+class _State:
+    usable = os.environ.get(ENVIRONMENT_SWITCH, "1") != "0"
+
+
+def is_compiling_enabled() -> bool:
+    """Whether kernels are compiled; False once a compilation has failed."""
+    return _State.usable
+
+
+class Kernel:
+    """A pure function of tensors, compiled once for each family of dtypes and sizes (rows excepted).
+
+    Arguments are tensors or None. Tensors with two dimensions or more have rows first, and any number of them; vectors keep
+    their length. ``static`` arguments go first and are constants of the compiled code. Results are tensors.
+    """
+
+    def __init__(self, function: Callable[..., Any], *static: Any) -> None:
+        self._function = function
+        self._static = static
+        self._families: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    def __call__(self, *tensors: Tensor | None) -> Any:
+        if not _State.usable or max(tensor.numel() for tensor in tensors if tensor is not None) < SMALL:
+            return self._function(*self._static, *tensors)
+        family = tuple(_family(tensor) for tensor in tensors)
+        if family not in self._families:
+            self._families[family] = self._compile()
+        for tensor in tensors:
+            if tensor is not None and tensor.dim() > 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        try:
+            with torch.autocast(next(t for t in tensors if t is not None).device.type, enabled=False):
+                return self._families[family](*tensors)
+        except Exception as error:  # whatever a compiler may raise; what is wrong with the tensors is raised again below
+            result = self._function(*self._static, *tensors)
+            _State.usable = False
+            warnings.warn(
+                f"compiling {self._function.__name__} failed ({type(error).__name__}), so GradLite goes on in eager mode, "
+                f"which is slower. On a CPU it needs a C++ compiler (g++); {ENVIRONMENT_SWITCH}=0 silences this.",
+                stacklevel=2,
+            )
+            return result
+
+    def _compile(self) -> Callable[..., Any]:
+        function, static = self._function, self._static
+
+        def run(*tensors: Tensor | None) -> Any:
+            return function(*static, *tensors)
+
+        # A code object of its own: the compiler counts recompilations by code object and gives up after a few.
+        run.__code__ = run.__code__.replace(co_name=function.__name__)
+        return torch.compile(run, dynamic=False)
+
+
+def _family(tensor: Tensor | None) -> tuple[Any, ...] | None:
+    if tensor is None:
+        return None
+    sizes = tensor.shape if tensor.dim() < 2 else tensor.shape[1:]
+    return tensor.dtype, tensor.device, tensor.dim(), tuple(sizes), tensor.is_contiguous()
+
+
+@cache
+def kernel(function: Callable[..., Any], *static: Any) -> Kernel:
+    """The one kernel of ``function`` with these constants (hashable)."""
+    return Kernel(function, *static)

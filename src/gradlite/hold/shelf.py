@@ -1,0 +1,50 @@
+"""Finds out that a tensor is held already, so that no tensor is held twice."""
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from gradlite.hold.ticket import Held
+
+_LIMIT = 16  # tensors that are looked for again are read within the same block
+
+
+class _Entry:
+    def __init__(self, x: Tensor, held: Held) -> None:
+        self.storage = StorageWeakRef(x.untyped_storage())
+        self.key = _key(x)
+        self.held = held
+
+
+def _key(x: Tensor) -> tuple[object, ...]:
+    return x.storage_offset(), x.numel(), x.dtype, x._version
+
+
+class Shelf:
+    """Remembers what is held for tensors that are still alive, by their storage: a reshaped view is the same tensor."""
+
+    def __init__(self) -> None:
+        self._entries: list[_Entry] = []
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_entries": []}
+
+    def offer(self, x: Tensor, held: Held) -> None:
+        """Whoever asks for ``x`` (contiguous, unchanged since) from now on gets ``held``."""
+        self._entries = [entry for entry in self._entries[-_LIMIT:] if not entry.storage.expired()]
+        self._entries.append(_Entry(x, held))
+
+    def find(self, x: Tensor) -> Held | None:
+        """What is held for ``x``, or None."""
+        if not x.is_contiguous():
+            return None
+        storage, key = None, _key(x)
+        for entry in reversed(self._entries):
+            if entry.key == key and not entry.storage.expired():
+                storage = storage or StorageWeakRef(x.untyped_storage())
+                if entry.storage == storage:
+                    return entry.held
+        return None
+
+    def clear(self) -> None:
+        """Lets go of all leaves; called when backward begins, after which autograd alone decides how long they live."""
+        self._entries.clear()

@@ -1,0 +1,179 @@
+"""Scaled dot-product attention that keeps q, k, v and its own result through a holder, and one number a query.
+
+Shape suffixes: B batch, H query heads, G key-value heads (H a multiple of G), S queries, U keys, D head width.
+
+Equal to ``F.scaled_dot_product_attention(q, k, v, mask, is_causal=…, scale=…)`` without dropout. Keys and values are held
+before they are repeated for their group of query heads. The result is laid out B×S×H×D, contiguous, as the output projection
+reads it: the projection finds it on the shelf, and it is held once. Source: docs/method.md, section 2.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from gradlite.hold.codec import Codec
+from gradlite.hold.holder import Holder
+from gradlite.hold.ticket import Ticket
+
+_FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_FLASH_CUDA = torch.ops.aten._scaled_dot_product_flash_attention
+_FLASH_CUDA_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward
+
+
+def attention_bytes(
+    codec: Codec, num_tokens: int, num_heads: int, num_kv_heads: int, head_width: int, itemsize: int, stat_bytes: int = 4
+) -> int:
+    """Bytes that the operator holds (flash kernels): q, k, v, the result, and the log-sum of every query and head."""
+    queries = codec.nbytes(num_tokens, num_heads * head_width, itemsize)
+    keys = codec.nbytes(num_tokens, num_kv_heads * head_width, itemsize)
+    return 2 * queries + 2 * keys + stat_bytes * num_tokens * num_heads
+
+
+def _rows(x_BHSD: Tensor) -> Tensor:
+    """B×H×S×D to B×S×(H·D): the layout of the projections, so that no copy is made where the heads are views of them."""
+    return x_BHSD.transpose(1, 2).flatten(2)
+
+
+def _heads(rows: Tensor, like: tuple[int, ...]) -> Tensor:
+    """The rows of :func:`_rows`, in any shape, as B×H×S×D."""
+    batch, heads, length, width = like
+    return rows.view(batch, length, heads, width).transpose(1, 2)
+
+
+def _repeated(x_BGUD: Tensor, num_heads: int) -> Tensor:
+    return x_BGUD if x_BGUD.shape[1] == num_heads else x_BGUD.repeat_interleave(num_heads // x_BGUD.shape[1], dim=1)
+
+
+def _summed(grad_BHUD: Tensor, num_kv_heads: int) -> Tensor:
+    """The gradient of :func:`_repeated`."""
+    if grad_BHUD.shape[1] == num_kv_heads:
+        return grad_BHUD
+    return grad_BHUD.unflatten(1, (num_kv_heads, -1)).sum(2)
+
+
+def _added(mask: Tensor | None, q_BHSD: Tensor) -> Tensor | None:
+    """The mask as numbers that are added to the logits. What waits is the model's own, which all layers share."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    lowest = torch.full((), torch.finfo(q_BHSD.dtype).min, dtype=q_BHSD.dtype, device=mask.device)
+    return torch.where(mask, torch.zeros_like(lowest), lowest)
+
+
+class _Flash(torch.autograd.Function):
+    """Keeps the leaves of q, k, v and the result, and the log-sums: see :func:`attention_bytes`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, holder: Holder
+    ) -> Tensor:
+        full_k, full_v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
+        if q.is_cuda:
+            out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = _FLASH_CUDA(q, full_k, full_v, 0.0, is_causal, scale=scale)
+            ctx.cuda = (max_q, max_k)
+            extra = [tensor for tensor in (cum_q, cum_k, seed, offset) if tensor is not None]
+            ctx.extra = [tensor is not None for tensor in (cum_q, cum_k, seed, offset)]
+        else:
+            out, lse = _FLASH_CPU(q, full_k, full_v, 0.0, is_causal, attn_mask=_added(mask, q), scale=scale)
+            extra = [] if mask is None else [mask]
+        del full_k, full_v
+        out_BSHD: Tensor = out.transpose(1, 2)
+        if not out_BSHD.is_contiguous():
+            out_BSHD = out_BSHD.contiguous()
+        held = [holder.hold(tensor) for tensor in (_rows(q), _rows(k), _rows(v), out_BSHD.flatten(2))]
+        ctx.tickets = [(one.ticket, len(one.leaves)) for one in held]
+        ctx.shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape))
+        ctx.is_causal, ctx.scale = is_causal, scale
+        ctx.save_for_backward(lse, *extra, *(leaf for one in held for leaf in one.leaves))
+        return out_BSHD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BSHD: Tensor) -> tuple[Tensor | None, ...]:
+        lse, *rest = ctx.saved_tensors
+        count = sum(length for _, length in ctx.tickets)
+        extra, leaves = rest[: len(rest) - count], rest[len(rest) - count :]
+        tensors = []
+        for (ticket, length), shape in zip(ctx.tickets, (*ctx.shapes, ctx.shapes[0]), strict=True):
+            tensors.append(_heads(ticket.get(leaves[:length]), shape))
+            leaves = leaves[length:]
+        q, k, v, out = tensors
+        k, v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
+        grad = grad_BSHD.transpose(1, 2)
+        if q.is_cuda:
+            found = iter(extra)
+            cum_q, cum_k, seed, offset = (next(found) if present else None for present in ctx.extra)
+            grads = _FLASH_CUDA_BACKWARD(
+                grad, q, k, v, out, lse, cum_q, cum_k, *ctx.cuda, 0.0, ctx.is_causal, seed, offset, scale=ctx.scale
+            )
+        else:
+            mask = _added(extra[0], q) if extra else None
+            grads = _FLASH_CPU_BACKWARD(grad, q, k, v, out, lse, 0.0, ctx.is_causal, attn_mask=mask, scale=ctx.scale)
+        num_kv_heads = ctx.shapes[1][1]
+        return grads[0], _summed(grads[1], num_kv_heads), _summed(grads[2], num_kv_heads), None, None, None, None
+
+
+class _Replayed(torch.autograd.Function):
+    """Keeps the leaves of q, k and v, and runs PyTorch's attention again in backward: for what the flash kernels refuse."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, holder: Holder
+    ) -> Tensor:
+        held = [holder.hold(tensor) for tensor in (_rows(q), _rows(k), _rows(v))]
+        ctx.tickets = [(one.ticket, len(one.leaves)) for one in held]
+        ctx.shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape))
+        ctx.is_causal, ctx.scale = is_causal, scale
+        ctx.save_for_backward(mask, *(leaf for one in held for leaf in one.leaves))
+        return _attend(q, k, v, mask, is_causal, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BSHD: Tensor) -> tuple[Tensor | None, ...]:
+        mask, *leaves = ctx.saved_tensors
+        tensors = []
+        for (ticket, length), shape in zip(ctx.tickets, ctx.shapes, strict=True):
+            tensors.append(_heads(ticket.get(leaves[:length]), shape).detach().requires_grad_())
+            leaves = leaves[length:]
+        with torch.enable_grad():
+            out_BSHD = _attend(*tensors, mask, ctx.is_causal, ctx.scale)
+        return *torch.autograd.grad(out_BSHD, tensors, grad_BSHD), None, None, None, None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+    k, v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale)
+    return out.transpose(1, 2).contiguous()
+
+
+def _flash_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    if not q.shape[-1] == k.shape[-1] == v.shape[-1]:
+        return False
+    if q.is_cuda:
+        return mask is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
+    return q.device.type == "cpu"
+
+
+def attention(
+    q_BHSD: Tensor,
+    k_BGUD: Tensor,
+    v_BGUD: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    holder: Holder,
+) -> Tensor:
+    """Attention of every query to the keys it may see; the result is B×S×H×D, contiguous.
+
+    Args:
+        mask: broadcastable to B×H×S×U; bool (True: may be seen) or added to the logits. is_causal: a lower triangle instead
+            (then ``mask`` is None). scale: of the logits. holder: how q, k, v and the result wait.
+    """
+    if not torch.is_grad_enabled():
+        return _attend(q_BHSD, k_BGUD, v_BGUD, mask, is_causal, scale)
+    function = _Flash if _flash_takes(q_BHSD, k_BGUD, v_BGUD, mask) else _Replayed
+    out_BSHD: Tensor = function.apply(q_BHSD, k_BGUD, v_BGUD, mask, is_causal, scale, holder)
+    return out_BSHD
