@@ -111,7 +111,7 @@ def sums(write: Write) -> Path:
 @pytest.fixture
 def train(tmp_path: Path, model_dir: Path, sums: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
     """Run a training with the given settings and return what it left; by default six steps on `sums`."""
-    monkeypatch.setattr("gradlite.train.answers.MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr("gradlite.evaluate.answers.MAX_NEW_TOKENS", 4)
 
     def train_with(**settings: Any) -> Outcome:
         defaults = {

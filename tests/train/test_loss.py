@@ -11,7 +11,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from gradlite.train.config import TrainConfig
 from gradlite.train.data import sequences
 from gradlite.train.formats import Pair
-from gradlite.train.loss import held_out_loss, summed_loss
+from gradlite.train.loss import summed_loss
 from gradlite.train.tokens import Tokens, tokenize
 
 
@@ -49,20 +49,6 @@ def test_a_padded_and_a_packed_batch_give_the_sum_of_their_examples(
         loss, count = summed_loss(model, DataCollatorForLanguageModeling(0, padding_free=packed)(list(rows)))
     assert int(count) == naive[1]
     assert float(loss) == pytest.approx(naive[0], rel=1e-5)
-
-
-def test_the_held_out_loss_weighs_tokens_not_examples(
-    model: PreTrainedModel, examples: list[Tokens], naive: tuple[float, int]
-) -> None:
-    rows = sequences(examples, TrainConfig(), packed=False)
-    model.train()
-    state = torch.get_rng_state()
-    for batch_size in (1, 3, 7):
-        result = held_out_loss(model, rows, DataCollatorForLanguageModeling(0), batch_size, torch.device("cpu"))
-        assert result.num_tokens == naive[1]
-        assert result.loss == pytest.approx(naive[0] / naive[1], rel=1e-5)
-    assert model.training
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_gradient_is_that_of_the_naive_loss(model: PreTrainedModel, examples: list[Tokens]) -> None:

@@ -2,15 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gradlite.train.tokens import Tokens
-
 NUM_QUESTIONS = 3
 MAX_NEW_TOKENS = 60
+
+
+class Question(Protocol):
+    """A question and its right answer as token ids, and the question as it was asked ("" where its tokens say it all)."""
+
+    @property
+    def question(self) -> list[int]: ...
+    @property
+    def answer(self) -> list[int]: ...
+    @property
+    def asked(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -27,8 +36,8 @@ class Answer:
 
 
 @torch.no_grad()
-def answer_questions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Tokens]) -> list[Answer]:
-    """Let the model answer the questions of the first few `examples`. Uses no random numbers."""
+def answer_questions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[Answer]:
+    """Let the model answer the first few `questions`. Uses no random numbers."""
     was_training = model.training
     model.eval()
     stops = _stop_tokens(model, tokenizer)
@@ -42,13 +51,13 @@ def answer_questions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     generate: Any = model.generate
     answers = []
     try:
-        for tokens in examples[:NUM_QUESTIONS]:
-            ids = torch.tensor([tokens.question], device=model.device)
+        for question in questions[:NUM_QUESTIONS]:
+            ids = torch.tensor([question.question], device=model.device)
             output = generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
             answers.append(
                 Answer(
-                    question=tokens.asked or _readable(tokenizer, tokens.question),
-                    expected=_readable(tokenizer, tokens.answer),
+                    question=question.asked or _readable(tokenizer, question.question),
+                    expected=_readable(tokenizer, question.answer),
                     answer=_readable(tokenizer, output[0, ids.shape[1] :].tolist()),
                 )
             )

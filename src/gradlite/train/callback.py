@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gradlite.train.memory import peak_memory_bytes
+from gradlite.measure.memory import peak_memory_bytes
 
 MAX_SKIPPED_IN_A_ROW = 10
 _SMOOTHING = 0.9  # of the speed and the time left that are shown

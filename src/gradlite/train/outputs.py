@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gradlite.train.answers import Answer
+from gradlite.evaluate.answers import Answer
 from gradlite.train.card import Result, model_card
 from gradlite.train.config import TrainConfig
 from gradlite.train.directory import RunDirectory

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import gradlite
 from gradlite.errors import GradLiteError
-from gradlite.train.answers import answer_questions
+from gradlite.evaluate.answers import answer_questions
+from gradlite.measure.memory import peak_memory_bytes
 from gradlite.train.callback import MAX_SKIPPED_IN_A_ROW, RunCallback, StepReport
 from gradlite.train.card import Result
 from gradlite.train.config import TrainConfig
 from gradlite.train.data import Data, load_data, sequences
 from gradlite.train.directory import RunDirectory, checkpoint_step
-from gradlite.train.memory import peak_memory_bytes
 from gradlite.train.models import load_model_and_tokenizer
 from gradlite.train.out_of_memory import out_of_memory_told
 from gradlite.train.outputs import save_outputs, show_answers, show_result

@@ -21,8 +21,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 import gradlite
 from gradlite.errors import GradLiteError
+from gradlite.evaluate.held_out import HeldOutLoss, held_out_loss
 from gradlite.train.config import TrainConfig
-from gradlite.train.loss import HeldOutLoss, held_out_loss, summed_loss
+from gradlite.train.loss import summed_loss
 
 NUM_CHECKPOINTS_KEPT = 2
 
@@ -67,7 +68,12 @@ class GradLiteTrainer(Trainer):
     def held_out_loss(self) -> HeldOutLoss:
         """The mean loss over all held-out tokens, with the model as it is now."""
         return held_out_loss(
-            self._network, self.held_out, self.held_out_collator, self.args.per_device_eval_batch_size, self.args.device
+            self._network,
+            self.held_out,
+            self.held_out_collator,
+            summed_loss,
+            self.args.per_device_eval_batch_size,
+            self.args.device,
         )
 
     def evaluate(

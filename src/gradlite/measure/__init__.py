@@ -1,0 +1,1 @@
+"""Observed bytes and times."""

@@ -1,0 +1,50 @@
+"""Answers to held-out questions: greedy, short, and the model as it was afterwards."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gradlite.evaluate import answers
+from gradlite.evaluate.answers import NUM_QUESTIONS, answer_questions
+
+
+@dataclass(frozen=True)
+class Asked:
+    question: list[int]
+    answer: list[int]
+    asked: str
+
+
+class Numbers:
+    """A tokenizer whose tokens are numbers."""
+
+    eos_token_id = None
+    pad_token_id = 0
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return " ".join(map(str, ids))
+
+
+def test_answers_are_greedy_and_questions_are_shown_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "MAX_NEW_TOKENS", 4)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).train()
+    tokenizer: Any = Numbers()
+    asked = [Asked([1, 2, n], [n], "what?" if n == 3 else "") for n in range(3, 4 + NUM_QUESTIONS)]
+    given = answer_questions(model, tokenizer, asked)
+    assert model.training
+    assert [answer.question for answer in given] == ["what?", "1 2 4", "1 2 5"]
+    assert [answer.expected for answer in given] == ["3", "4", "5"]
+    for question, answer in zip(asked, given, strict=False):
+        ids = torch.tensor([question.question])
+        for _ in range(4):
+            with torch.no_grad():
+                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        assert answer.answer == tokenizer.decode(ids[0, 3:].tolist(), skip_special_tokens=True)
