@@ -8,6 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gradlite.hold.codec import EXACT
+from gradlite.hold.holder import Holder
+from gradlite.hold.noise import Noise
+from gradlite.hold.shelf import Shelf
 from gradlite.ops.embedding import subspace_embedding
 from gradlite.ops.factors import DenseFactors, GradientFactors, LookupFactors
 from gradlite.ops.linear import Absorb, subspace_linear
@@ -19,6 +23,10 @@ CLOSE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-10}
 
 def basis() -> Tensor:
     return random_basis(WIDTH, RANK, torch.Generator().manual_seed(3), torch.zeros((), dtype=torch.float64))
+
+
+def holder() -> Holder:
+    return Holder(EXACT, Noise(0), Shelf())
 
 
 def project(basis_NR: Tensor) -> Absorb:
@@ -47,7 +55,7 @@ def test_linear(shape: tuple[int, ...], with_bias: bool) -> None:
     probe = torch.randn(*shape[:-1], ROWS, dtype=torch.float64)
     exact_output = F.linear(x, weight, bias)
     exact = torch.autograd.grad((exact_output.sin() * probe).sum(), leaves)
-    output = subspace_linear(x, weight, bias, coordinates, project(basis()))
+    output = subspace_linear(x, weight, bias, coordinates, project(basis()), holder())
     torch.testing.assert_close(output, exact_output, rtol=0, atol=0)
     (output.sin() * probe).sum().backward()
     assert weight.grad is None
@@ -60,7 +68,7 @@ def test_linear(shape: tuple[int, ...], with_bias: bool) -> None:
 def test_linear_on_a_transposed_input_and_expanded_gradient() -> None:
     x, (weight, coordinates) = leaf(WIDTH, 4, 3), weight_and_coordinates()
     (exact,) = torch.autograd.grad(F.linear(x.transpose(0, 2), weight).sum(), [weight])
-    subspace_linear(x.transpose(0, 2), weight, None, coordinates, project(basis())).sum().backward()
+    subspace_linear(x.transpose(0, 2), weight, None, coordinates, project(basis()), holder()).sum().backward()
     torch.testing.assert_close(coordinates.grad, exact @ basis(), **CLOSE)
 
 
@@ -73,8 +81,8 @@ def test_shared_input_and_two_uses_of_one_weight_add_up() -> None:
 
     exact = torch.autograd.grad(outputs(lambda t: F.linear(t, weight), lambda t: F.linear(t, other)), [x, weight, other])
     outputs(
-        lambda t: subspace_linear(t, weight, None, coordinates, project(basis())),
-        lambda t: subspace_linear(t, other, None, other_coordinates, project(basis())),
+        lambda t: subspace_linear(t, weight, None, coordinates, project(basis()), holder()),
+        lambda t: subspace_linear(t, other, None, other_coordinates, project(basis()), holder()),
     ).backward()
     for grad, wanted in zip((x.grad, coordinates.grad, other_coordinates.grad), exact, strict=True):
         torch.testing.assert_close(grad, wanted if wanted is exact[0] else wanted @ basis(), **CLOSE)
@@ -100,7 +108,7 @@ def test_tied_embedding_and_head_share_coordinates() -> None:
     ids, (weight, coordinates) = torch.randint(0, ROWS, (3, 5)), weight_and_coordinates()
     (exact,) = torch.autograd.grad(F.linear(F.embedding(ids, weight).tanh(), weight).square().sum(), [weight])
     hidden = subspace_embedding(ids, weight, coordinates, None, project(basis())).tanh()
-    subspace_linear(hidden, weight, None, coordinates, project(basis())).square().sum().backward()
+    subspace_linear(hidden, weight, None, coordinates, project(basis()), holder()).square().sum().backward()
     torch.testing.assert_close(coordinates.grad, exact @ basis(), **CLOSE)
 
 
@@ -114,7 +122,7 @@ def test_nothing_is_computed_that_nobody_asked_for(frozen: str) -> None:
         calls.append(factors)
         return project(basis())(factors)
 
-    subspace_linear(x, weight.detach(), None, coordinates, absorb).sum().backward()
+    subspace_linear(x, weight.detach(), None, coordinates, absorb, holder()).sum().backward()
     assert (x.grad is None) == (frozen == "input")
     assert len(calls) == (0 if frozen == "coordinates" else 1)
 
@@ -129,7 +137,7 @@ def test_autocast_keeps_the_low_precision_copy_and_returns_gradients_in_the_leav
         return project(basis().bfloat16())(factors).to(coordinates.dtype)
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = subspace_linear(x, weight, None, coordinates, absorb)
+        output = subspace_linear(x, weight, None, coordinates, absorb, holder())
         torch.testing.assert_close(output, F.linear(x, weight), rtol=0, atol=0)
     output.sum().backward()
     assert output.dtype == torch.bfloat16
@@ -141,7 +149,7 @@ def test_autocast_keeps_the_low_precision_copy_and_returns_gradients_in_the_leav
 def test_autocast_leaves_float64_alone_as_pytorch_does() -> None:
     x, (weight, coordinates) = leaf(4, WIDTH), weight_and_coordinates()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = subspace_linear(x, weight, None, coordinates, project(basis()))
+        output = subspace_linear(x, weight, None, coordinates, project(basis()), holder())
         torch.testing.assert_close(output, F.linear(x, weight), rtol=0, atol=0)
 
 

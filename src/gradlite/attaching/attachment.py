@@ -215,7 +215,7 @@ def _project(
     layer = layer_rank(rank, width)
     collector = Collector(attachment.window, rows, width, layer, memory_rank(layer), weight)
     for module in owners:
-        mode = attachment.operators.plan.mode_of(names[id(module)])
+        mode = attachment.operators.plan.mode_of(names.get(id(module), ""))
         become_twin(module, collector, attachment.operators.holder(mode.codec))
         attachment.modules.append(module)
     attachment.projected.append((name, weight))

@@ -6,12 +6,13 @@ not recognised keeps its own code and its own way of waiting for backward.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from gradlite.ops.activation import ActivationKind, activate, wide
+from gradlite.ops.activation import ActivationKind, activation_value, wide
 from gradlite.ops.gated_mlp import gated_value
 from gradlite.ops.norm import NormKind, norm_value
 
@@ -24,7 +25,7 @@ def _error(own: Callable[[Tensor], Tensor], twin: Callable[[Tensor], Tensor], x:
     """The largest difference, relative to the largest value; infinite where the module takes no such input."""
     try:
         expected, found = own(x), twin(x)
-    except Exception:  # whatever a strange module raises on rows it was not made for
+    except Exception:  # noqa: BLE001 - whatever a strange module raises on rows it was not made for
         return float("inf")
     if not isinstance(expected, Tensor) or expected.shape != found.shape or expected.dtype != found.dtype:
         return float("inf")
@@ -67,7 +68,7 @@ def norm_kind(module: nn.Module, like: Tensor) -> NormKind | None:
         dataclasses.replace(plain, plus_one=True, scale_first=True),
         dataclasses.replace(plain, centred=True),
     ]
-    errors = [_error(module.forward, lambda rows, kind=kind: norm_value(rows, weight, bias, kind), x) for kind in kinds]
+    errors = [_error(module.forward, partial(norm_value, weight_N=weight, bias_N=bias, kind=kind), x) for kind in kinds]
     best = min(range(len(kinds)), key=lambda place: errors[place])
     return kinds[best] if errors[best] <= _TOLERANCE[x.dtype] else None
 
@@ -78,8 +79,8 @@ def activation_kind(module: nn.Module, like: Tensor) -> ActivationKind | None:
         return None
     x = torch.linspace(-6.0, 6.0, 97).to(device=like.device, dtype=like.dtype)[None]
     for kind in get_args(ActivationKind):
-        if _error(module.forward, lambda row, kind=kind: activate(kind, wide(row)).to(row.dtype), x) <= _TOLERANCE[x.dtype] / 8:
-            return kind  # type: ignore[no-any-return]
+        if _error(module.forward, partial(activation_value, kind=kind), x) <= _TOLERANCE[x.dtype] / 8:
+            return kind
     return None
 
 
@@ -109,7 +110,7 @@ def gated_layout(module: nn.Module, like: Tensor) -> GatedLayout | None:
         if len(kinds) != 1 or len(others) != 1 or x is None:
             continue
         layout = GatedLayout(kinds[0], gate, up, down)
-        if _error(module.forward, lambda rows, layout=layout: gated_forward(module, layout, rows), x) <= _TOLERANCE[x.dtype]:
+        if _error(module.forward, partial(gated_forward, module, layout), x) <= _TOLERANCE[x.dtype]:
             return layout
     return None
 

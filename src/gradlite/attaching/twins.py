@@ -233,5 +233,6 @@ def become_itself(module: nn.Module) -> None:
         module._parameters.pop(name, None)
     for name in ("gradlite_collector", "gradlite_kind", "gradlite_holder"):
         module.__dict__.pop(name, None)
-    if isinstance(module, _Twin):
-        module.__class__ = module.gradlite_own_class
+    own: type[nn.Module] | None = getattr(module, "gradlite_own_class", None)
+    if own is not None:
+        module.__class__ = own

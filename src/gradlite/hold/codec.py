@@ -41,6 +41,9 @@ class Codec(Protocol):
     def nbytes(self, num_rows: int, width: int, itemsize: int) -> int:
         """Bytes of the leaves of ``num_rows`` rows whose elements had ``itemsize`` bytes."""
 
+    def __hash__(self) -> int:
+        """Codecs are constants of compiled kernels, which are looked up by them."""
+
 
 @dataclass(frozen=True)
 class Exact:

@@ -53,7 +53,7 @@ class Kernel:
         try:
             with torch.autocast(next(t for t in tensors if t is not None).device.type, enabled=False):
                 return self._families[family](*tensors)
-        except Exception as error:  # whatever a compiler may raise; what is wrong with the tensors is raised again below
+        except Exception as error:  # noqa: BLE001 - whatever a compiler may raise; what is wrong with the tensors is raised again below
             result = self._function(*self._static, *tensors)
             _State.usable = False
             warnings.warn(

@@ -54,12 +54,17 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def activation_value(x: Tensor, kind: ActivationKind) -> Tensor:
+    """``act(x)`` in the dtype of ``x``, by autograd-free formula."""
+    return activate(kind, wide(x)).to(x.dtype)
+
+
 def _forward(kind: ActivationKind, codec: Codec, x_TN: Tensor, noise_TN: Tensor | None) -> tuple[Tensor, ...]:
-    return activate(kind, wide(x_TN)).to(x_TN.dtype), *codec.encode(x_TN, noise_TN)
+    return activation_value(x_TN, kind), *codec.encode(x_TN, noise_TN)
 
 
 def _rebuild(kind: ActivationKind, codec: Codec, dtype: torch.dtype, *leaves: Tensor) -> Tensor:
-    return activate(kind, wide(codec.decode(leaves, dtype))).to(dtype)
+    return activation_value(codec.decode(leaves, dtype), kind)
 
 
 def _backward(kind: ActivationKind, codec: Codec, grad_TN: Tensor, *leaves: Tensor) -> Tensor:
@@ -91,6 +96,6 @@ class _Activation(torch.autograd.Function):
 def activation(x: Tensor, kind: ActivationKind, holder: Holder) -> Tensor:
     """``act(x)``; what waits is ``x`` as the holder keeps it. The result is offered to the holder's shelf."""
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return activate(kind, wide(x)).to(x.dtype)
+        return activation_value(x, kind)
     y: Tensor = _Activation.apply(x, kind, holder)
     return y

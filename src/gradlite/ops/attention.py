@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from gradlite.hold.codec import Codec
 from gradlite.hold.holder import Holder
-from gradlite.hold.ticket import Ticket
 
 _FLASH_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -139,7 +138,8 @@ class _Replayed(torch.autograd.Function):
             tensors.append(_heads(ticket.get(leaves[:length]), shape).detach().requires_grad_())
             leaves = leaves[length:]
         with torch.enable_grad():
-            out_BSHD = _attend(*tensors, mask, ctx.is_causal, ctx.scale)
+            q, k, v = tensors
+            out_BSHD = _attend(q, k, v, mask, ctx.is_causal, ctx.scale)
         return *torch.autograd.grad(out_BSHD, tensors, grad_BSHD), None, None, None, None
 
 

@@ -102,7 +102,8 @@ def subspace_linear(
         bias_M = None if bias_M is None else bias_M.to(dtype)
     if not torch.is_grad_enabled():
         return F.linear(x, weight_MN, bias_M)
-    kept, leaves = _Kept(None), ()
+    kept = _Kept(None)
+    leaves: tuple[Tensor, ...] = ()
     if coordinates_MR.requires_grad:
         held = holder.hold(own, x.dtype)
         kept.ticket, leaves = held.ticket, held.leaves

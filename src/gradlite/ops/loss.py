@@ -27,7 +27,8 @@ _EAGER_ELEMENTS = 1 << 20
 @dataclass(frozen=True)
 class LossKind:
     """``softcap``: logits become ``c·tanh(logits/c)`` (Gemma 2); 0 for none. ``smoothing``: share of the target that is
-    spread evenly over the vocabulary."""
+    spread evenly over the vocabulary.
+    """
 
     softcap: float = 0.0
     smoothing: float = 0.0
@@ -168,7 +169,7 @@ def tiled_cross_entropy(
     """
     if torch.is_autocast_enabled(h_TN.device.type) and h_TN.dtype != torch.float64:
         h_TN = h_TN.to(torch.get_autocast_dtype(h_TN.device.type))
-    arguments = (h_TN, weight_VN, bias_V, coordinates_VR)
+    arguments: tuple[Tensor | None, ...] = (h_TN, weight_VN, bias_V, coordinates_VR)
     if not torch.is_grad_enabled():  # whether an input asks for a gradient no longer matters, and none is made
         arguments = tuple(None if argument is None else argument.detach() for argument in arguments)
     with torch.autocast(h_TN.device.type, enabled=False):

@@ -23,7 +23,8 @@ from gradlite.hold.ticket import Held, Ticket
 @dataclass(frozen=True)
 class NormKind:
     """``centred``: LayerNorm. ``plus_one``: the weight is stored less one. ``scale_first``: scaled before it is rounded to
-    the input's dtype (Gemma, OLMo 2), not after (Llama)."""
+    the input's dtype (Gemma, OLMo 2), not after (Llama).
+    """
 
     eps: float
     centred: bool = False
