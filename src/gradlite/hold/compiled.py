@@ -32,8 +32,8 @@ def is_compiling_enabled() -> bool:
 class Kernel:
     """A pure function of tensors, compiled once for each family of dtypes and sizes (rows excepted).
 
-    Arguments are tensors or None. Tensors with two dimensions or more have rows first, and any number of them; vectors keep
-    their length. ``static`` arguments go first and are constants of the compiled code. Results are tensors.
+    Arguments are tensors or None. Matrices have rows first, and any number of them; vectors keep their length; of more
+    dimensions the last two may vary. ``static`` arguments go first and are constants of the compiled code.
     """
 
     def __init__(self, function: Callable[..., Any], *static: Any) -> None:
@@ -45,12 +45,12 @@ class Kernel:
         if not _State.usable or max(tensor.numel() for tensor in tensors if tensor is not None) < SMALL:
             return self._function(*self._static, *tensors)
         family = tuple(_family(tensor) for tensor in tensors)
-        if family not in self._families:
-            self._families[family] = self._compile()
-        for tensor in tensors:
-            if tensor is not None and tensor.dim() > 1:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
         try:
+            if family not in self._families:
+                self._families[family] = self._compile()
+            for tensor in tensors:
+                if tensor is not None and tensor.dim() > 1:
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
             with torch.autocast(next(t for t in tensors if t is not None).device.type, enabled=False):
                 return self._families[family](*tensors)
         except Exception as error:  # noqa: BLE001 - whatever a compiler may raise; what is wrong with the tensors is raised again below
@@ -77,8 +77,15 @@ class Kernel:
 def _family(tensor: Tensor | None) -> tuple[Any, ...] | None:
     if tensor is None:
         return None
-    sizes = tensor.shape if tensor.dim() < 2 else tensor.shape[1:]
-    return tensor.dtype, tensor.device, tensor.dim(), tuple(sizes), tensor.is_contiguous()
+    varying = _varying(tensor)
+    sizes = tuple(1 if size == 1 else None if place in varying else size for place, size in enumerate(tensor.shape))
+    return tensor.dtype, tensor.device, sizes, tensor.is_contiguous()
+
+
+def _varying(tensor: Tensor) -> list[int]:
+    """Dimensions whose size the compiled code does not know. A size of one is always known: it may be broadcast."""
+    places = {0: [], 1: [], 2: [0]}.get(tensor.dim(), [tensor.dim() - 2, tensor.dim() - 1])
+    return [place for place in places if tensor.shape[place] != 1]
 
 
 @cache

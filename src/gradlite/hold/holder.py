@@ -32,7 +32,7 @@ class Holder:
         """Holds ``x`` (any shape; in ``dtype`` if it is given), or finds that it is held already."""
         held = self.shelf.find(x)
         if held is None:
-            x_TN = x.reshape(-1, x.shape[-1])
+            x_TN = x.detach().reshape(-1, x.shape[-1])  # or autograd would differentiate the codes, and save what that needs
             if dtype is not None:
                 x_TN = x_TN.to(dtype)
             width, dtype = x_TN.shape[1], x_TN.dtype
