@@ -22,6 +22,7 @@ from gradlite.train.card import Result
 from gradlite.train.config import TrainConfig
 from gradlite.train.data import Data, load_data, sequences
 from gradlite.train.directory import RunDirectory, checkpoint_step
+from gradlite.train.matmul_caches import limit_matmul_caches
 from gradlite.train.models import load_model_and_tokenizer
 from gradlite.train.out_of_memory import out_of_memory_told
 from gradlite.train.outputs import save_outputs, show_answers, show_result
@@ -39,6 +40,7 @@ def run(config: TrainConfig, console: Console | None = None) -> Path:
     whatever the user can put right, and for a run that had to be given up (its last good checkpoint is kept and named).
     """
     console = console or Console(soft_wrap=True)
+    limit_matmul_caches()
     with quiet_libraries(console), out_of_memory_told():
         return _Run(config, console).do()
 
