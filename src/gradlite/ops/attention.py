@@ -58,8 +58,7 @@ def _added(mask: Tensor | None, q_BHSD: Tensor) -> Tensor | None:
     """The mask as numbers that are added to the logits. What waits is the model's own, which all layers share."""
     if mask is None or mask.dtype != torch.bool:
         return mask
-    lowest = torch.full((), torch.finfo(q_BHSD.dtype).min, dtype=q_BHSD.dtype, device=mask.device)
-    return torch.where(mask, torch.zeros_like(lowest), lowest)
+    return torch.zeros(mask.shape, dtype=q_BHSD.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 class _Flash(torch.autograd.Function):
