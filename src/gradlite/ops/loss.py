@@ -71,7 +71,8 @@ def _tile_losses(kind: LossKind, logits_tV: Tensor, labels_t1: Tensor) -> tuple[
     is_label_tV = torch.arange(logits_tV.shape[1], device=logits_tV.device)[None, :] == labels_t1
     label_logit_t1 = torch.where(is_label_tV, wide_tV, 0.0).sum(-1, keepdim=True)
     losses_t1 = lse_t1 - (1.0 - kind.smoothing) * label_logit_t1
-    gradient_tV = exponent_tV / sum_t1 - torch.where(is_label_tV, 1.0 - kind.smoothing, 0.0)
+    gradient_tV = exponent_tV / sum_t1
+    gradient_tV = torch.where(is_label_tV, gradient_tV - (1.0 - kind.smoothing), gradient_tV)
     if kind.smoothing:
         losses_t1 = losses_t1 - kind.smoothing * wide_tV.mean(-1, keepdim=True)
         gradient_tV = gradient_tV - kind.smoothing / logits_tV.shape[1]
