@@ -20,7 +20,7 @@ MODEL_TYPES = frozenset(
 def can_tile_loss(model: nn.Module) -> bool:
     """Whether the model is one of :data:`MODEL_TYPES`, with a head, and a language model's own loss."""
     config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) not in MODEL_TYPES or not type(model).__name__.endswith("ForCausalLM"):
+    if getattr(config, "model_type", None) not in MODEL_TYPES or not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         return False
     head = model.get_output_embeddings()  # type: ignore[operator]
     return isinstance(head, nn.Linear) and "labels" in inspect.signature(model.forward).parameters
