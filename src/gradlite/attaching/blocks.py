@@ -12,13 +12,14 @@ from gradlite.hold.holder import Holder
 
 
 def named_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The members of the outermost ModuleLists that hold linear layers or other weights of theirs."""
+    """The members of the outermost ModuleLists that are made of parts and hold weights."""
     outer: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(prefix + ".") for prefix in outer):
             outer.append(name)
             for key, block in module.named_children():
-                if type(block).forward is not nn.Module.forward and any(True for _ in block.parameters()):
+                parts, weights = (any(True for _ in of) for of in (block.children(), block.parameters()))
+                if parts and weights and type(block).forward is not nn.Module.forward:
                     yield f"{name}.{key}" if name else key, block
 
 

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gradlite.attaching import attention
 from gradlite.attaching.blocks import named_blocks
@@ -50,8 +51,13 @@ class Operators:
 
 
 def recognise(model: nn.Module, operators: Operators) -> None:
-    """Finds the model's operators; changes nothing yet."""
+    """Finds the model's operators; changes nothing yet, not even the random state (dropout is tried as well)."""
     like = next(iter(model.parameters()))
+    with torch.random.fork_rng([like.device] if like.is_cuda else []):
+        _recognise(model, operators, like)
+
+
+def _recognise(model: nn.Module, operators: Operators, like: Tensor) -> None:
     taken: set[int] = set()
 
     def note(name: str, role: str, module: nn.Module, kind: object) -> None:

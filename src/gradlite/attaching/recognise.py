@@ -57,6 +57,7 @@ def norm_kind(module: nn.Module, like: Tensor) -> NormKind | None:
     x = _rows(width, like)
     if x is None:
         return None
+    x = x * torch.tensor([[1.0], [0.1], [1e-3]], device=x.device, dtype=x.dtype)  # small rows show the epsilon
     eps = next((getattr(module, name) for name in ("variance_epsilon", "eps") if hasattr(module, name)), 1e-5)
     if eps is None:  # torch's RMSNorm: the input's machine epsilon
         eps = torch.finfo(x.dtype).eps
