@@ -108,7 +108,9 @@ class TwinNorm(nn.Module):
 
     @torch.compiler.disable
     def forward(self, *arguments: Tensor, **keywords: Tensor) -> Tensor:
-        """As the norm's own."""
+        """As the norm's own, which also runs where nothing waits for backward."""
+        if not torch.is_grad_enabled():
+            return super().forward(*arguments, **keywords)  # type: ignore[no-any-return]
         (x,) = (*arguments, *keywords.values())
         return norm(x, self._parameters.get("weight"), self._parameters.get("bias"), self.gradlite_kind, self.gradlite_holder)
 
@@ -121,7 +123,9 @@ class TwinActivation(nn.Module):
 
     @torch.compiler.disable
     def forward(self, *arguments: Tensor, **keywords: Tensor) -> Tensor:
-        """As the activation's own."""
+        """As the activation's own, which also runs where nothing waits for backward."""
+        if not torch.is_grad_enabled():
+            return super().forward(*arguments, **keywords)  # type: ignore[no-any-return]
         (x,) = (*arguments, *keywords.values())
         return activation(x, self.gradlite_kind, self.gradlite_holder)
 
@@ -134,7 +138,9 @@ class TwinGatedMLP(nn.Module):
 
     @torch.compiler.disable
     def forward(self, *arguments: Tensor, **keywords: Tensor) -> Tensor:
-        """As the MLP's own."""
+        """As the MLP's own, which also runs where nothing waits for backward."""
+        if not torch.is_grad_enabled():
+            return super().forward(*arguments, **keywords)  # type: ignore[no-any-return]
         (x,) = (*arguments, *keywords.values())
         layout = self.gradlite_kind
         return gated_forward(self, layout, x, lambda gate, up: gated(gate, up, layout.kind, self.gradlite_holder))

@@ -46,5 +46,5 @@ class Shelf:
         return None
 
     def clear(self) -> None:
-        """Lets go of all leaves; called when backward begins, after which autograd alone decides how long they live."""
+        """Lets go of all leaves; called when a forward pass is over, after which autograd alone decides how long they live."""
         self._entries.clear()

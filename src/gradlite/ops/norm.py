@@ -118,7 +118,7 @@ class _Norm(torch.autograd.Function):
         codec = holder.codec_for(x_TN.shape[1])
         y_TN, rho_T1, *leaves = kernel(_forward, kind, codec)(x_TN, weight_N, bias_N, holder.noise_for(x_TN))
         ctx.save_for_backward(weight_N, rho_T1, *leaves)
-        ctx.kind, ctx.codec = kind, codec
+        ctx.kind, ctx.codec, ctx.shelf = kind, codec, holder.shelf
         y: Tensor = y_TN.view(x.shape)
         affine = tuple(parameter for parameter in (weight_N, bias_N) if parameter is not None)
         holder.shelf.offer(y, Held(_ticket(kind, codec, x.dtype, len(affine)), (*affine, *leaves)))
@@ -127,6 +127,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        ctx.shelf.clear()  # backward has begun: nobody asks any more
         weight_N, rho_T1, *leaves = ctx.saved_tensors
         grad_TN = grad.reshape(-1, grad.shape[-1])
         grad_x_TN, *affine = kernel(_backward, ctx.kind, ctx.codec)(grad_TN, weight_N, rho_T1, *leaves)
