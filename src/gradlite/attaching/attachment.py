@@ -108,15 +108,17 @@ def attach(
     warn_if_clipped(rank, [parameter.shape[1] for _, parameter in chosen])
     operators = Operators(HoldPlan(hold), seed)
     recognise(model, operators)
+    module_names = {id(module): name for name, module in model.named_modules()}
+    projected = [module_names[id(module)] for _, parameter in chosen for module in owners[id(parameter)]]
+    operators.plan.check_used(projected)
     window = Window(basis, sample_residual, seed, chosen[0][1])
     attachment = Attachment(window, Coverage(tuple(entries)), operators)
     take_over(model, operators)
-    module_names = {id(module): name for name, module in model.named_modules() if name}
     for name, parameter in chosen:
         _project(attachment, name, parameter, owners[id(parameter)], module_names, rank)
-    operators.plan.check_used(next(iter(module_names.values()), ""))
     attachment.modules[0].register_parameter(RESIDUAL_NORM, attachment.window.residual_norm)
     attachment.hooks.append(model.register_forward_pre_hook(_refuse_if_changed))
+    attachment.hooks.append(model.register_forward_hook(_clear_shelf, always_call=True))
     object.__setattr__(model, _ATTRIBUTE, attachment)
     return attachment.coverage
 
@@ -153,6 +155,14 @@ def check_unchanged(model: nn.Module) -> None:
 def _refuse_if_changed(model: nn.Module, _inputs: tuple[Any, ...]) -> None:
     if torch.is_grad_enabled():
         check_unchanged(model)
+
+
+@torch.compiler.disable
+def _clear_shelf(model: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> None:
+    """After a forward pass autograd alone decides how long held tensors live."""
+    attachment = attachment_of(model)
+    if attachment is not None:
+        attachment.operators.clear_shelf()
 
 
 def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
@@ -215,7 +225,7 @@ def _project(
     layer = layer_rank(rank, width)
     collector = Collector(attachment.window, rows, width, layer, memory_rank(layer), weight)
     for module in owners:
-        mode = attachment.operators.plan.mode_of(names.get(id(module), ""))
+        mode = attachment.operators.plan.mode_of(names[id(module)])
         become_twin(module, collector, attachment.operators.holder(mode.codec))
         attachment.modules.append(module)
     attachment.projected.append((name, weight))

@@ -65,7 +65,10 @@ def replayed(block: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], h
     boundary = _Boundary(hidden, holder)
 
     def run(*others: Any) -> Any:
-        return block(boundary.get(), *others, **keywords)
+        try:
+            return block(boundary.get(), *others, **keywords)
+        finally:  # also where the replay ends in the middle
+            holder.shelf.clear()
 
     result = checkpoint(run, *arguments[1:], use_reentrant=False)
     boundary.put_away()

@@ -6,7 +6,7 @@ in codes, and the block runs again in backward (its operators then keep exact te
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -59,8 +59,11 @@ class HoldPlan:
                 return mode
         return MODES["exact"]
 
-    def check_used(self, example: str) -> None:
-        """Raises GradLiteError if a pattern matched no module."""
+    def check_used(self, names: Sequence[str]) -> None:
+        """Raises GradLiteError if a pattern matched no module so far, and none of those called ``names`` either."""
+        for name in names:
+            self.mode_of(name)
+        example = names[len(names) // 2]
         for pattern, _, _ in self._rules:
             if pattern not in self._used and pattern != "*":
                 raise GradLiteError(

@@ -46,7 +46,7 @@ class Operators:
         return self._holders[codec.name]
 
     def clear_shelf(self) -> None:
-        """When a step is over: what the last forward pass offered is of no more use."""
+        """When a forward pass is over: nobody will ask for what it offered."""
         self._shelf.clear()
 
 
