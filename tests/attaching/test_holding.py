@@ -98,6 +98,19 @@ def test_embeddings_as_inputs_and_positional_arguments(build: Build, attached: A
     torch.testing.assert_close(model(*arguments).logits, plain(*arguments).logits, rtol=1e-5, atol=1e-6)
 
 
+def test_what_is_asked_for_beside_the_loss(build: Build, attached: Any, tokens: Tokens) -> None:
+    """A loss of one's own, tuples, and logits of some places come from the model's own code."""
+    plain = build()
+    model = attached(plain)
+    with torch.no_grad():
+        for more in ({"logits_to_keep": 9}, {"return_dict": False}):
+            found, wanted = (each(**tokens, **more)[:2] for each in (model, plain))
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        model.loss_function = lambda logits, labels, **_: logits.sum() + labels.sum()
+        output = model(**tokens)
+        torch.testing.assert_close(output.loss, output.logits.sum() + tokens["labels"].sum())
+
+
 # ---- what users do with a model -------------------------------------------------------------------------------------
 
 

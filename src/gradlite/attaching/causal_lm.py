@@ -19,8 +19,8 @@ MODEL_TYPES = frozenset(
 
 def can_tile_loss(model: nn.Module) -> bool:
     """Whether the model is one of :data:`MODEL_TYPES`, with a head, and a language model's own loss."""
-    config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) not in MODEL_TYPES or not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in MODEL_TYPES or not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         return False
     head = model.get_output_embeddings()  # type: ignore[operator]
     return isinstance(head, nn.Linear) and "labels" in inspect.signature(model.forward).parameters
@@ -29,9 +29,10 @@ def can_tile_loss(model: nn.Module) -> bool:
 def forward_with_loss(model: Any, own_forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     """The model's forward pass; with ``labels`` the loss comes from tiles, and ``logits`` is None."""
     bound = inspect.signature(own_forward).bind_partial(*arguments, **keywords).arguments
-    given = {**bound, **bound.pop("kwargs", {})}
+    given = {**bound.pop("kwargs", {}), **bound}
     labels = given.pop("labels", None)
-    if labels is None or given.get("return_dict") is False or not _is_default(given.get("logits_to_keep")):
+    usual = given.get("return_dict") is not False and _is_default(given.get("logits_to_keep")) and _has_usual_loss(model)
+    if labels is None or not usual:
         return own_forward(*arguments, **keywords)
     own_loss = {
         key: given.pop(key) for key in ("num_items_in_batch", "ignore_index", "shift_labels", "label_smoothing") if key in given
@@ -49,6 +50,13 @@ def forward_with_loss(model: Any, own_forward: Callable[..., Any], arguments: tu
         hidden_states=outputs.get("hidden_states"),
         attentions=outputs.get("attentions"),
     )
+
+
+def _has_usual_loss(model: Any) -> bool:
+    """Users may give a model a loss of their own."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    return model.loss_function is ForCausalLMLoss
 
 
 def _is_default(logits_to_keep: Any) -> bool:

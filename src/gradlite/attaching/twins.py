@@ -110,7 +110,7 @@ class TwinNorm(nn.Module):
     def forward(self, *arguments: Tensor, **keywords: Tensor) -> Tensor:
         """As the norm's own, which also runs where nothing waits for backward."""
         if not torch.is_grad_enabled():
-            return super().forward(*arguments, **keywords)  # type: ignore[no-any-return]
+            return super().forward(*arguments, **keywords)
         (x,) = (*arguments, *keywords.values())
         return norm(x, self._parameters.get("weight"), self._parameters.get("bias"), self.gradlite_kind, self.gradlite_holder)
 
@@ -125,7 +125,7 @@ class TwinActivation(nn.Module):
     def forward(self, *arguments: Tensor, **keywords: Tensor) -> Tensor:
         """As the activation's own, which also runs where nothing waits for backward."""
         if not torch.is_grad_enabled():
-            return super().forward(*arguments, **keywords)  # type: ignore[no-any-return]
+            return super().forward(*arguments, **keywords)
         (x,) = (*arguments, *keywords.values())
         return activation(x, self.gradlite_kind, self.gradlite_holder)
 
@@ -140,7 +140,7 @@ class TwinGatedMLP(nn.Module):
     def forward(self, *arguments: Tensor, **keywords: Tensor) -> Tensor:
         """As the MLP's own, which also runs where nothing waits for backward."""
         if not torch.is_grad_enabled():
-            return super().forward(*arguments, **keywords)  # type: ignore[no-any-return]
+            return super().forward(*arguments, **keywords)
         (x,) = (*arguments, *keywords.values())
         layout = self.gradlite_kind
         return gated_forward(self, layout, x, lambda gate, up: gated(gate, up, layout.kind, self.gradlite_holder))
