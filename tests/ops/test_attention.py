@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from gradlite.hold.codec import INT8, Codec
 from gradlite.ops import attention as module
+from gradlite.ops import blocked_attention
 from gradlite.ops.attention import attention, attention_bytes
 from gradlite.ops.linear import subspace_linear
 
@@ -91,6 +92,31 @@ def test_values_of_another_width_are_replayed(same: Any, holder: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_blocks_with_more_keys_or_more_queries(dtype: torch.dtype, holder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a causal mask, too, which starts at the upper left as in PyTorch."""
+    monkeypatch.setattr(blocked_attention, "BLOCK", 2)
+    for lengths in ((5, 9), (9, 5)):
+        seen = torch.ones(*lengths, dtype=torch.bool).tril()
+        q, k, v = (torch.randn(BATCH, 4 if one == 0 else 2, lengths[one], 16).to(dtype).requires_grad_() for one in (0, 1, 1))
+        outputs = [attention(q, k, v, None, True, 0.25, holder()), naive(seen, False, 0.25)(q, k, v)]
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=0.02, atol=0.02)
+        gradients = [torch.autograd.grad(output.float().square().sum(), [q, k, v]) for output in outputs]
+        for found, exact in zip(*gradients, strict=True):
+            assert torch.cosine_similarity(found.float().flatten(), exact.float().flatten(), dim=0) > 0.9999
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_queries_that_see_no_key_in_low_precision(dtype: torch.dtype, holder: Any) -> None:
+    mask = (SEEN & (torch.arange(LENGTH) >= 3))[None, None]
+    inputs = [leaf(heads, 16, dtype) for heads in (4, 2, 2)]
+    out = on_rows(lambda q, k, v: attention(q, k, v, mask, False, 0.25, holder()), 4, 2)(*inputs)
+    assert (out[:, :3] == 0).all()
+    for gradient in torch.autograd.grad(out.float().sin().sum(), inputs):
+        assert torch.isfinite(gradient).all()
+        assert (gradient[:, :3] == 0).all()
+
+
 def test_queries_that_see_no_key(way: str, holder: Any) -> None:
     """Rows of left padding: finite, and without influence on the others."""
     mask = (SEEN & (torch.arange(LENGTH) >= 3))[None, None]
@@ -116,7 +142,12 @@ def test_int8(way: str, close: Any, holder: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["causal", "none", "window", "padded", "added, of every head"])
-def test_low_precision_is_as_good_as_the_plain_code(dtype: torch.dtype, name: str, way: str, holder: Any) -> None:
+@pytest.mark.parametrize("block", [4, 256])
+def test_low_precision_is_as_good_as_the_plain_code(
+    dtype: torch.dtype, name: str, block: int, way: str, holder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine queries are three blocks of four, or one."""
+    monkeypatch.setattr(blocked_attention, "BLOCK", block)
     mask, is_causal = MASKS[name]
     mask = mask.to(dtype) if mask is not None and mask.dtype == torch.float64 else mask
     low = [leaf(heads, 16, dtype) for heads in (4, 2, 2)]

@@ -72,7 +72,7 @@ class _Flash(torch.autograd.Function):
         ctx.blocked = _blocks_pay(q, k, mask)
         extra: tuple[Tensor | None, ...] = (mask,)
         if ctx.blocked:
-            out, lse = blocked_forward(*(x.transpose(1, 2) for x in (q, k, v)), mask, is_causal, scale)
+            out, lse = blocked_forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, is_causal, scale)
             out = out.transpose(1, 2)
         elif q.is_cuda:
             keys = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
@@ -103,8 +103,8 @@ class _Flash(torch.autograd.Function):
             leaves = leaves[length:]
         q, k, v, out = tensors
         if ctx.blocked:
-            layouts = (x.transpose(1, 2) for x in (q, k, v, out))
-            grads = blocked_backward(grad_BSHD, *layouts, lse, extra[0], ctx.is_causal, ctx.scale)
+            q, k, v, out = (x.transpose(1, 2) for x in tensors)
+            grads = blocked_backward(grad_BSHD, q, k, v, out, lse, extra[0], ctx.is_causal, ctx.scale)
             return *(grad.transpose(1, 2) for grad in grads), None, None, None, None
         k, v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
         grad = grad_BSHD.transpose(1, 2)

@@ -2,9 +2,10 @@
 
 Shape suffixes: B batch, H query heads, G key-value heads (H = G·J), S queries, s queries of a block, U keys, D head width.
 
-PyTorch's flash kernel multiplies small tiles in bfloat16 at a fifth of the speed of its batched products. Here one block's scores
-(heads × 256 × keys) exist at a time, keys and values are never repeated for their group of query heads, and under a causal mask
-a block never looks at later keys. Scores are rounded to the tensors' format before the softmax, as in eager attention.
+PyTorch's flash kernel multiplies small tiles in bfloat16 at a fifth of the speed of its batched products. Here one block's
+scores (heads × 256 × keys) exist at a time, keys and values are never repeated for their group of query heads, and under a
+causal mask a block never looks at later keys. Scores are rounded to the tensors' format before the softmax, as in eager
+attention.
 """
 
 from collections.abc import Iterator
