@@ -3,6 +3,7 @@
 import copy
 import gc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,6 +159,41 @@ def test_a_copy_trains_as_the_original(hold: Any, build: Build, attached: Any, t
     assert not ours & theirs
     assert len(ours) == len(theirs)  # one for each codec, shared as before
     assert attachment(twin).operators.noise is not attachment(model).operators.noise
+
+
+def test_a_saved_model_is_loaded_by_a_process_that_attached_nothing(
+    build: Build, attached: Any, tokens: Tokens, same_gradients: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+
+    model = attached(build(), "recompute-int8")
+    torch.save(model, tmp_path / "model.pt")
+    model.save_pretrained(tmp_path / "model")
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.delitem(interface._global_mapping, "gradlite")
+    whole = torch.load(tmp_path / "model.pt", weights_only=False)
+    for each in (model, whole):
+        backward(each, tokens)
+    same_gradients(whole, model, 0.0)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert loaded.config._attn_implementation == "sdpa"
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own
+@pytest.mark.parametrize("hold", ["int8", "recompute"])
+def test_a_compiled_model(hold: Any, build: Build, attached: Any, tokens: Tokens, same_gradients: Check) -> None:
+    """Graphs cache nothing that is held: codes of every step are those of a model that is not compiled."""
+    model = attached(build(num_hidden_layers=1), hold)
+    twin = copy.deepcopy(model)
+    compiled: Any = torch.compile(twin, backend="eager")
+    for _ in range(2):
+        for each in (model, compiled):
+            each.zero_grad()
+            backward(each, tokens)
+        same_gradients(twin, model, 1e-5)
+    assert attachment(twin).operators.noise.reads == attachment(model).operators.noise.reads
 
 
 @pytest.mark.parametrize("hold", HOLDS)

@@ -3,6 +3,7 @@
 import sys
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradlite.ops.attention import attention
@@ -27,13 +28,20 @@ def _forward(
 
     holder = getattr(module, HOLDER, None)
     unusual = any(kwargs.get(name) is not None for name in ("position_bias", "cache", "softcap"))
+    unusual = unusual or (attention_mask is not None and attention_mask.requires_grad)
     if holder is None or unusual or dropout > 0.0 or not query.requires_grad or query.shape[2] == 1:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return attention(query, key, value, attention_mask, attention_mask is None and bool(causal), scale, holder), None
+    return _held(query, key, value, attention_mask, attention_mask is None and bool(causal), scale, holder), None
+
+
+@torch.compiler.disable
+def _held(*arguments: Any) -> Tensor:
+    """A compiled model calls it as it is: graphs must not cache what is held."""
+    return attention(*arguments)
 
 
 def register() -> None:

@@ -63,6 +63,7 @@ def _is_default(logits_to_keep: Any) -> bool:
     return logits_to_keep is None or (isinstance(logits_to_keep, int) and logits_to_keep == 0)
 
 
+@torch.compiler.disable
 def causal_lm_loss(
     model: Any,
     hidden: Tensor,

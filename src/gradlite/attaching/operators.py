@@ -1,6 +1,7 @@
 """Finds the operators of a model whose way of waiting for backward GradLite knows, and gives each its holder."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,11 @@ class Operators:
         self.attention_switched = False
         self._shelf = Shelf()
         self._holders: dict[str, Holder] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.attention_switched:  # by another process, maybe
+            attention.register()
 
     def holder(self, codec: Codec) -> Holder:
         """The one holder with this codec; all share what is held."""
