@@ -75,6 +75,7 @@ EVERYTHING: dict[str, object] = {key: value for key, value in TrainConfig().sett
     "betas": [0.8, 0.9],
     "include": ["a", "b"],
     "exclude": ["c"],
+    "hold": "recompute",
     "stochastic_rounding": False,
     "max_steps": 3,
     "warmup": 2,

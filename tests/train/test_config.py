@@ -25,6 +25,7 @@ OTHER_VALUES: dict[str, object] = {
     "basis": "random",
     "refresh_interval": 7,
     "moments": "fp32",
+    "hold": "int8",
     "betas": "0.8,0.95",
     "eps": "1e-6",
     "include": ["*.q_proj", "*.k_proj"],
@@ -238,3 +239,18 @@ def test_the_optimizers_keywords_are_those_of_its_group() -> None:
     assert keywords["exclude"] is None
     assert keywords["lr"] == 1e-3
     assert not keywords.keys() & {"model", "batch_size", "schedule"}
+
+
+def test_hold_by_module_reads_the_same_from_a_flag_and_from_yaml(tmp_path: Path) -> None:
+    rules = {"model.layers.[0-15]": "recompute", "*": "int8"}
+    file = tmp_path / "run.yaml"
+    file.write_text("hold:\n  model.layers.[0-15]: recompute\n  '*': int8\n")
+    from_flag = TrainConfig.from_sources(flags={"hold": '{"model.layers.[0-15]": recompute, "*": int8}'})
+    assert TrainConfig.from_sources(file).hold == from_flag.hold == rules
+    assert list(from_flag.optimizer_keywords()["hold"]) == list(rules)  # the first match decides
+
+
+@pytest.mark.parametrize("hold", ["int9", "{unfinished", '{"*": int9}', ["int8"]])
+def test_a_bad_way_of_holding_is_named(hold: object) -> None:
+    with pytest.raises(GradLiteError, match=r"--hold is .*must be 'exact', 'int8'"):
+        TrainConfig.from_sources(flags={"hold": hold})

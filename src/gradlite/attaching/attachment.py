@@ -60,6 +60,12 @@ def attachment_of(model: nn.Module) -> Attachment | None:
     return getattr(unwrapped(model), _ATTRIBUTE, None)
 
 
+def tiles_its_loss(model: nn.Module) -> bool:
+    """Whether the model, called with ``labels``, computes its loss without ever making full logits."""
+    attachment = attachment_of(model)
+    return attachment is not None and any(operator.role == "causal_lm" for operator in attachment.operators.found)
+
+
 def attach(
     model: nn.Module,
     *,

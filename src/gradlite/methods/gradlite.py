@@ -148,6 +148,15 @@ class GradLite(SubspaceAdamW):
                     f'with groups=[{{"params": [{names[id(parameter)]!r}], …}}].'
                 )
 
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`SubspaceAdamW.state_dict`, with the place in the noise that rounds held tensors."""
+        return {**super().state_dict(), "hold": {"noise_reads": self._attachment.operators.noise.reads}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`."""
+        super().load_state_dict(state_dict)
+        self._attachment.operators.noise.reads = int(state_dict.get("hold", {}).get("noise_reads", 0))
+
     def step(self, closure: Any = None) -> Any:
         """One update; see :meth:`SubspaceAdamW.step`.
 

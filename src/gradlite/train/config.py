@@ -30,6 +30,8 @@ EVALUATION = "Evaluation and saving"
 OUTPUT = "Output"
 GROUPS = (MODEL_AND_DATA, GRADLITE, TRAINING, EVALUATION, OUTPUT)
 
+HoldMode = Literal["exact", "int8", "int4", "recompute", "recompute-int8"]
+
 DEFAULT_MODEL = "smollm2"
 DEFAULT_DATASET = "python-help"
 
@@ -131,6 +133,12 @@ class TrainConfig(BaseModel):
         (0.9, 0.999), GRADLITE, "two numbers from 0 to below 1, such as 0.9,0.999", "AdamW's two decay rates."
     )
     eps: float = _setting(1e-8, GRADLITE, "a number above 0", "AdamW's epsilon.", gt=0)
+    hold: HoldMode | dict[str, HoldMode] = _setting(
+        "exact",
+        GRADLITE,
+        "'exact', 'int8', 'int4', 'recompute', 'recompute-int8', or a mapping of module patterns to these",
+        "How tensors wait for backward: kept, as int8 codes, or computed again; {pattern: mode} by module.",
+    )
     include: list[str] = _setting(
         [], GRADLITE, "a pattern or a list of patterns", "Project only layers whose name fits this pattern (repeatable)."
     )
@@ -216,6 +224,8 @@ class TrainConfig(BaseModel):
                 return None
             if key in ("include", "exclude"):
                 return [text]
+            if key == "hold" and text.startswith("{"):
+                return _mapping(text)
             if key == "betas":
                 return [part.strip() for part in text.split(",")]
             if kinds == {int, float}:
@@ -317,6 +327,13 @@ class TrainConfig(BaseModel):
         key = str(problem["loc"][0])
         label, given = (flag_of(key), from_flags[key]) if key in from_flags else (f"{key} in {config_file}", from_file[key])
         raise GradLiteError(f"{label} is {_shown(given)}, but it must be {accepts_of(cls.model_fields[key])}.")
+
+
+def _mapping(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError("not a YAML mapping") from error
 
 
 def accepted_kinds(field: FieldInfo) -> set[Any]:

@@ -1,6 +1,6 @@
-"""The loss: per-token cross-entropy over the answer, whose logits alone are computed.
+"""The loss: per-token cross-entropy over the answer, in tiles of the vocabulary head where the attached model offers that.
 
-The model's own head is called (as a module), never its weight matrix. TRL's fused head multiplies by `lm_head.weight`
+Otherwise the model's own head is called (as a module), for the answer's positions, and never its weight matrix. TRL's fused head multiplies by `lm_head.weight`
 itself: with an attached head that makes the head's full gradient for a moment in every step, which is what GradLite is
 there to avoid, and so TRL's trainer is not used here.
 """
@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gradlite.attaching import tiles_its_loss
 from gradlite.train.tokens import IGNORED
 
 
@@ -19,8 +20,11 @@ def summed_loss(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Te
     """Cross-entropy summed over the labelled tokens of a batch, and their number.
 
     `inputs["labels"]` (batch × tokens) holds the ids themselves, unshifted, and -100 where the loss does not look.
-    Logits are computed for the positions that some row of the batch needs, and made fp32 for the tokens that count.
+    Logits exist a tile at a time, or else for the positions that some row of the batch needs.
     """
+    if tiles_its_loss(model):
+        num_tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
+        return model(**inputs, use_cache=False, num_items_in_batch=1).loss, num_tokens
     others = {key: value for key, value in inputs.items() if key != "labels"}
     next_tokens = inputs["labels"][:, 1:]
     is_labelled = next_tokens != IGNORED
