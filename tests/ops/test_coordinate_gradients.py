@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from gradlite.hold.codec import EXACT
 from gradlite.hold.holder import Holder
@@ -122,9 +123,13 @@ def test_nothing_is_computed_that_nobody_asked_for(frozen: str) -> None:
         calls.append(factors)
         return project(basis())(factors)
 
-    subspace_linear(x, weight.detach(), None, coordinates, absorb, holder()).sum().backward()
+    output = subspace_linear(x, weight.detach(), None, coordinates, absorb, holder()).sum()
+    with FlopCounterMode(display=False) as counter:
+        output.backward()
     assert (x.grad is None) == (frozen == "input")
     assert len(calls) == (0 if frozen == "coordinates" else 1)
+    wanted = 4 * ROWS * WIDTH if frozen == "coordinates" else 4 * RANK * (ROWS + WIDTH)
+    assert counter.get_total_flops() == 2 * wanted
 
 
 def test_autocast_keeps_the_low_precision_copy_and_returns_gradients_in_the_leaves_formats() -> None:

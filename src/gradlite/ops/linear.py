@@ -33,8 +33,9 @@ def linear_bytes(codec: Codec, num_tokens: int, width: int, itemsize: int) -> in
 class _Kept:
     """Leads from the second node to what the first one saved."""
 
-    def __init__(self, ticket: Ticket | None) -> None:
-        self.ticket = ticket
+    def __init__(self, needs_x: bool) -> None:
+        self.needs_x = needs_x
+        self.ticket: Ticket | None = None
         self.node: Any = None
 
 
@@ -44,13 +45,14 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, coordinates_MR: Tensor, weight_MN: Tensor, kept: _Kept, *leaves: Tensor) -> Tensor:
         ctx.save_for_backward(weight_MN, *leaves)
+        ctx.set_materialize_grads(False)  # no gradient comes for an input that needs none
         ctx.num_leaves = len(leaves)
         kept.node = ctx
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         return grad, None, None, None, *(None for _ in range(ctx.num_leaves))
 
 
@@ -67,7 +69,8 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:
-        needs_x, _, needs_bias, needs_coordinates, _, _ = ctx.needs_input_grad
+        _, _, needs_bias, needs_coordinates, _, _ = ctx.needs_input_grad
+        needs_x = ctx.kept.needs_x  # the first node's result always asks for a gradient
         grad_TM = grad.reshape(-1, grad.shape[-1])
         grad_bias = grad_TM.sum(0) if needs_bias else None
         if not (needs_x or needs_coordinates):
@@ -102,7 +105,7 @@ def subspace_linear(
         bias_M = None if bias_M is None else bias_M.to(dtype)
     if not torch.is_grad_enabled():
         return F.linear(x, weight_MN, bias_M)
-    kept = _Kept(None)
+    kept = _Kept(own.requires_grad)
     leaves: tuple[Tensor, ...] = ()
     if coordinates_MR.requires_grad:
         held = holder.hold(own, x.dtype)
