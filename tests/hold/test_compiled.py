@@ -26,7 +26,7 @@ def doubled(factor: float, x: Tensor, y: Tensor | None) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
 def test_compiled_codes_for_any_number_of_rows() -> None:
-    """Really compiles: the codes are the eager ones, and a batch of another length takes the same machine code."""
+    """Really compiles: the codes are the eager ones, and another length, in another mode, takes the same machine code."""
     from torch._dynamo.utils import counters
 
     counters.clear()
@@ -34,7 +34,8 @@ def test_compiled_codes_for_any_number_of_rows() -> None:
     for rows in (600, 400, 1024):
         x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows))
         assert x.numel() >= SMALL
-        found = Holder(INT8, Noise(5), Shelf()).encode(x)
+        with torch.set_grad_enabled(rows == 400), torch.autocast("cpu", dtype=torch.bfloat16, enabled=rows == 1024):
+            found = Holder(INT8, Noise(5), Shelf()).encode(x)
         wanted = INT8.encode(x, Noise(5).take(rows, 64, x.device))
         # A compiler may divide and multiply in another order, so that one code in thousands is rounded to its neighbour.
         assert (found[0] != wanted[0]).float().mean() < 1e-3

@@ -51,7 +51,8 @@ class Kernel:
             for tensor in tensors:
                 if tensor is not None and tensor.dim() > 1:
                     torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            with torch.autocast(next(t for t in tensors if t is not None).device.type, enabled=False):
+            device = next(tensor for tensor in tensors if tensor is not None).device
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):  # one mode, or the compiler would begin again
                 return self._families[family](*tensors)
         except Exception as error:  # noqa: BLE001 - whatever a compiler may raise; what is wrong with the tensors is raised again below
             result = self._function(*self._static, *tensors)
