@@ -92,7 +92,7 @@ def test_what_is_not_finite_is_not_hidden(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_predicted_bytes_are_those_of_the_leaves(codec: Codec, width: int, dtype: torch.dtype) -> None:
     x = normal(11, width).to(dtype)
-    leaves = codec.encode(x, noise(11, width) if codec.needs_noise else None)
+    leaves = codec.encode(x, noise(11, width) if codec.is_lossy else None)
     assert len(leaves) == codec.num_leaves
     assert sum(leaf.nbytes for leaf in leaves) == codec.nbytes(11, width, x.element_size())
 

@@ -89,4 +89,7 @@ def _expression(pattern: str) -> re.Pattern[str]:
     return re.compile("".join(pieces))
 
 
-INT4_WARNING = "hold='int4' keeps less than the gradient needs."
+INT4_WARNING = (
+    "hold='int4' turns the gradient: on SmolLM2-135M its cosine with the exact one was 0.72 (int8: 0.999); "
+    "use int8 or recompute unless you have measured that it does."
+)

@@ -21,8 +21,8 @@ class Codec(Protocol):
         """What users call it."""
 
     @property
-    def needs_noise(self) -> bool:
-        """Whether :meth:`encode` rounds stochastically."""
+    def is_lossy(self) -> bool:
+        """Whether :meth:`encode` rounds, which it does stochastically, and so needs noise."""
 
     @property
     def num_leaves(self) -> int:
@@ -33,7 +33,7 @@ class Codec(Protocol):
         """Whether both directions are elementwise work that a compiler can fuse."""
 
     def encode(self, x_TN: Tensor, noise_TN: Tensor | None) -> tuple[Tensor, ...]:
-        """The leaves. ``noise_TN``: uint8, uniform; None if ``needs_noise`` is False."""
+        """The leaves. ``noise_TN``: uint8, uniform; None if it is not lossy."""
 
     def decode(self, leaves: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """The rows again, T×N in ``dtype``."""
@@ -50,7 +50,7 @@ class Exact:
     """The tensor itself."""
 
     name = "exact"
-    needs_noise = False
+    is_lossy = False
     num_leaves = 1
     fusible = True
 
@@ -91,7 +91,7 @@ class Int8:
     """One byte an element, and a bfloat16 scale a group. Error of an element: below one step, 1/126 of the group's largest."""
 
     name = "int8"
-    needs_noise = True
+    is_lossy = True
     num_leaves = 2
     fusible = True
 
@@ -113,7 +113,7 @@ class Int4:
     """Two elements a byte, and a bfloat16 scale a group; widths must be even. Error of an element: below 1/6 of the largest."""
 
     name = "int4"
-    needs_noise = True
+    is_lossy = True
     num_leaves = 2
     fusible = True
 

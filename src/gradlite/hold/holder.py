@@ -24,7 +24,7 @@ class Holder:
 
     def noise_for(self, x_TN: Tensor) -> Tensor | None:
         """Noise for rounding ``x``, or None where the codec rounds nothing."""
-        if not self.codec.needs_noise:
+        if not self.codec.is_lossy:
             return None
         return self.noise.take(x_TN.shape[0], x_TN.shape[1], x_TN.device)
 
@@ -44,7 +44,7 @@ class Holder:
     def encode(self, x_TN: Tensor) -> tuple[Tensor, ...]:
         """The leaves of ``x``, asked for by no one else."""
         codec = self.codec_for(x_TN.shape[1])
-        if not codec.needs_noise:
+        if not codec.is_lossy:
             return codec.encode(x_TN, None)
         leaves: tuple[Tensor, ...] = kernel(_encode, codec)(x_TN, self.noise_for(x_TN))
         return leaves
@@ -52,7 +52,7 @@ class Holder:
     def decode(self, leaves: tuple[Tensor, ...], width: int, dtype: torch.dtype) -> Tensor:
         """The rows that :meth:`encode` took."""
         codec = self.codec_for(width)
-        if not codec.needs_noise:
+        if not codec.is_lossy:
             return codec.decode(leaves, dtype)
         x_TN: Tensor = kernel(_decode, codec, dtype)(*leaves)
         return x_TN

@@ -3,10 +3,13 @@
 Shape suffixes: B batch, H query heads, G key-value heads (H a multiple of G), S queries, U keys, D head width.
 
 Equal to ``F.scaled_dot_product_attention(q, k, v, mask, is_causal=…, scale=…)`` without dropout. Keys and values are held
-before they are repeated for their group of query heads. The result is laid out B×S×H×D, contiguous, as the output projection
+before they are repeated for their group of query heads. Where q and k are held as codes, backward makes the softmax anew from
+the codes: with the exact log-sums and result, the probabilities would not sum to one and errors would not cancel (whole-model
+gradient cosine of SmolLM2 with int8: 0.9942 that way, 0.9992 this way). The result is laid out B×S×H×D, contiguous, as the output projection
 reads it: the projection finds it on the shelf, and it is held once. Source: docs/method.md, section 2.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,12 +28,15 @@ _FLASH_CUDA_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backwa
 
 
 def attention_bytes(
-    codec: Codec, num_tokens: int, num_heads: int, num_kv_heads: int, head_width: int, itemsize: int, stat_bytes: int = 4
+    codec: Codec, num_tokens: int, num_heads: int, num_kv_heads: int, head_width: int, itemsize: int, is_flash: bool
 ) -> int:
-    """Bytes that the operator holds (flash kernels): q, k, v, the result, and the log-sum of every query and head."""
+    """Bytes that the operator holds: q, k and v, and with PyTorch's flash kernels the float32 log-sum of every query and head.
+
+    The result is held once, by the layer that reads it (:func:`gradlite.ops.linear.linear_bytes`).
+    """
     queries = codec.nbytes(num_tokens, num_heads * head_width, itemsize)
     keys = codec.nbytes(num_tokens, num_kv_heads * head_width, itemsize)
-    return 2 * queries + 2 * keys + stat_bytes * num_tokens * num_heads
+    return queries + 2 * keys + (4 * num_tokens * num_heads if is_flash else 0)
 
 
 def _rows(x_BHSD: Tensor) -> Tensor:
@@ -62,34 +68,43 @@ def _added(mask: Tensor | None, q_BHSD: Tensor) -> Tensor | None:
     return torch.zeros(mask.shape, dtype=q_BHSD.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
+class _Kept:
+    """The tickets of what one attention holds, in order."""
+
+    def __init__(self, holder: Holder, tensors: Sequence[Tensor]) -> None:
+        held = [holder.hold(tensor) for tensor in tensors]
+        self.tickets = [(one.ticket, len(one.leaves)) for one in held]
+        self.leaves = tuple(leaf for one in held for leaf in one.leaves)
+
+    def get(self, leaves: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """The tensors as B×H×S×D of these shapes. ``leaves``: as saved, whatever hooks did to them."""
+        tensors, place = [], 0
+        for (ticket, length), shape in zip(self.tickets, shapes, strict=True):
+            tensors.append(_heads(ticket.get(leaves[place : place + length]), shape))
+            place += length
+        return tensors
+
+
 class _Flash(torch.autograd.Function):
-    """Keeps the leaves of q, k, v and the result, and the log-sums: see :func:`attention_bytes`."""
+    """PyTorch's flash kernels. Keeps q, k, v, the result and the log-sums, all exact: see :func:`attention_bytes`."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, holder: Holder
     ) -> Tensor:
-        ctx.blocked = _blocks_pay(q, k, mask)
+        keys = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
         extra: tuple[Tensor | None, ...] = (mask,)
-        if ctx.blocked:
-            out, lse = blocked_forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, is_causal, scale)
-            out = out.transpose(1, 2)
-        elif q.is_cuda:
-            keys = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
+        if q.is_cuda:
             out, lse, cum_q, cum_k, max_q, max_k, seed, offset, _ = _FLASH_CUDA(q, *keys, 0.0, is_causal, scale=scale)
             ctx.longest, extra = (max_q, max_k), (cum_q, cum_k, seed, offset)
         else:
-            keys = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
             out, lse = _FLASH_CPU(q, *keys, 0.0, is_causal, attn_mask=_added(mask, q), scale=scale)
-        ctx.num_extra = len(extra)
-        out_BSHD: Tensor = out.transpose(1, 2)
-        if not out_BSHD.is_contiguous():
-            out_BSHD = out_BSHD.contiguous()
-        held = [holder.hold(tensor) for tensor in (_rows(q), _rows(k), _rows(v), out_BSHD.flatten(2))]
-        ctx.tickets = [(one.ticket, len(one.leaves)) for one in held]
-        ctx.shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape))
-        ctx.is_causal, ctx.scale = is_causal, scale
-        ctx.save_for_backward(lse, *extra, *(leaf for one in held for leaf in one.leaves))
+        out_BSHD: Tensor = out.transpose(1, 2).contiguous()
+        ctx.kept = _Kept(holder, (_rows(q), _rows(k), _rows(v), out_BSHD.flatten(2)))
+        ctx.shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape), tuple(q.shape))
+        ctx.is_causal, ctx.scale, ctx.num_extra = is_causal, scale, len(extra)
+        ctx.save_for_backward(lse, *extra, *ctx.kept.leaves)
+        ctx.kept.leaves = ()
         return out_BSHD
 
     @staticmethod
@@ -97,15 +112,8 @@ class _Flash(torch.autograd.Function):
     def backward(ctx: Any, grad_BSHD: Tensor) -> tuple[Tensor | None, ...]:
         lse, *rest = ctx.saved_tensors
         extra, leaves = rest[: ctx.num_extra], rest[ctx.num_extra :]
-        tensors = []
-        for (ticket, length), shape in zip(ctx.tickets, (*ctx.shapes, ctx.shapes[0]), strict=True):
-            tensors.append(_heads(ticket.get(leaves[:length]), shape))
-            leaves = leaves[length:]
-        q, k, v, out = tensors
-        if ctx.blocked:
-            q, k, v, out = (x.transpose(1, 2) for x in tensors)
-            grads = blocked_backward(grad_BSHD, q, k, v, out, lse, extra[0], ctx.is_causal, ctx.scale)
-            return *(grad.transpose(1, 2) for grad in grads), None, None, None, None
+        q, k, v, out = ctx.kept.get(leaves, ctx.shapes)
+        num_kv_heads = k.shape[1]
         k, v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
         grad = grad_BSHD.transpose(1, 2)
         if q.is_cuda:
@@ -116,32 +124,51 @@ class _Flash(torch.autograd.Function):
         else:
             mask = _added(extra[0], q)
             grads = _FLASH_CPU_BACKWARD(grad, q, k, v, out, lse, 0.0, ctx.is_causal, attn_mask=mask, scale=ctx.scale)
-        num_kv_heads = ctx.shapes[1][1]
         return grads[0], _summed(grads[1], num_kv_heads), _summed(grads[2], num_kv_heads), None, None, None, None
 
 
-class _Replayed(torch.autograd.Function):
-    """Keeps the leaves of q, k and v, and runs PyTorch's attention again in backward: for what the flash kernels refuse."""
+class _Blocked(torch.autograd.Function):
+    """Our own blocks. Keeps q, k and v."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, holder: Holder
     ) -> Tensor:
-        held = [holder.hold(tensor) for tensor in (_rows(q), _rows(k), _rows(v))]
-        ctx.tickets = [(one.ticket, len(one.leaves)) for one in held]
+        ctx.kept = _Kept(holder, (_rows(q), _rows(k), _rows(v)))
         ctx.shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape))
         ctx.is_causal, ctx.scale = is_causal, scale
-        ctx.save_for_backward(mask, *(leaf for one in held for leaf in one.leaves))
+        ctx.save_for_backward(mask, *ctx.kept.leaves)
+        ctx.kept.leaves = ()
+        return blocked_forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, is_causal, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BSHD: Tensor) -> tuple[Tensor | None, ...]:
+        mask, *leaves = ctx.saved_tensors
+        q, k, v = (x.transpose(1, 2) for x in ctx.kept.get(leaves, ctx.shapes))
+        grads = blocked_backward(grad_BSHD, q, k, v, mask, ctx.is_causal, ctx.scale)
+        return *(grad.transpose(1, 2) for grad in grads), None, None, None, None
+
+
+class _Replayed(torch.autograd.Function):
+    """Keeps q, k and v, and runs PyTorch's attention again in backward: for codes, and for what the flash kernels refuse."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, holder: Holder
+    ) -> Tensor:
+        ctx.kept = _Kept(holder, (_rows(q), _rows(k), _rows(v)))
+        ctx.shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape))
+        ctx.is_causal, ctx.scale = is_causal, scale
+        ctx.save_for_backward(mask, *ctx.kept.leaves)
+        ctx.kept.leaves = ()
         return _attend(q, k, v, mask, is_causal, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BSHD: Tensor) -> tuple[Tensor | None, ...]:
         mask, *leaves = ctx.saved_tensors
-        tensors = []
-        for (ticket, length), shape in zip(ctx.tickets, ctx.shapes, strict=True):
-            tensors.append(_heads(ticket.get(leaves[:length]), shape).detach().requires_grad_())
-            leaves = leaves[length:]
+        tensors = [x.detach().requires_grad_() for x in ctx.kept.get(leaves, ctx.shapes)]
         with torch.enable_grad():
             q, k, v = tensors
             out_BSHD = _attend(q, k, v, mask, ctx.is_causal, ctx.scale)
@@ -158,10 +185,11 @@ _LONGEST_BLOCKED = 512
 """Keys. SmolLM2's heads, two threads, milliseconds forward and backward, flash and blocked: 8×256: 59, 32; 2×1024: 71, 98."""
 
 
-def _blocks_pay(q: Tensor, k: Tensor, mask: Tensor | None) -> bool:
+def _blocks_pay(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16) or k.shape[2] > _LONGEST_BLOCKED:
         return False
-    return mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1)
+    has_plain_mask = mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1)
+    return has_plain_mask and q.shape[-1] == v.shape[-1]
 
 
 def _flash_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
@@ -195,6 +223,10 @@ def attention(
         mask = mask.to(dtype) if mask is not None and mask.is_floating_point() else mask
     if not torch.is_grad_enabled():
         return _attend(q_BHSD, k_BGUD, v_BGUD, mask, is_causal, scale)
-    function = _Flash if _flash_takes(q_BHSD, k_BGUD, v_BGUD, mask) else _Replayed
+    function: type[torch.autograd.Function] = _Replayed
+    if _blocks_pay(q_BHSD, k_BGUD, v_BGUD, mask):
+        function = _Blocked
+    elif not holder.codec.is_lossy and _flash_takes(q_BHSD, k_BGUD, v_BGUD, mask):
+        function = _Flash
     out_BSHD: Tensor = function.apply(q_BHSD, k_BGUD, v_BGUD, mask, is_causal, scale, holder)
     return out_BSHD

@@ -4,7 +4,7 @@ Shape suffixes: B batch, H query heads, G key-value heads (H = G·J), S queries,
 
 PyTorch's flash kernel multiplies small tiles in bfloat16 at a fifth of the speed of its batched products. Here one block's
 scores (heads × 256 × keys) exist at a time, keys and values are never repeated for their group of query heads, and under a
-causal mask a block never looks at later keys. Scores are rounded to the tensors' format before the softmax, as in eager
+causal mask a block never looks at later keys. Backward needs q, k and v only: it makes the softmax anew. Scores are rounded to the tensors' format before the softmax, as in eager
 attention.
 """
 
@@ -43,27 +43,25 @@ def _of(block: _Block, row: int) -> Tensor | None:
     return block.mask[row if block.mask.shape[0] > 1 else 0, 0]
 
 
-def _softmax(scale: float, scores_HsU: Tensor, mask_sU: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Probabilities in the scores' dtype, and log-sums H×s×1 in float32."""
+def _softmax(scale: float, scores_HsU: Tensor, mask_sU: Tensor | None) -> Tensor:
+    """Probabilities in the scores' dtype."""
+    return _probabilities(scale, scores_HsU, mask_sU).to(scores_HsU.dtype)
+
+
+def _probabilities(scale: float, scores_HsU: Tensor, mask_sU: Tensor | None) -> Tensor:
     wide_HsU = scores_HsU.float() * scale
     if mask_sU is not None:
         wide_HsU = torch.where(mask_sU, wide_HsU, -torch.inf)
     top_Hs1 = wide_HsU.amax(-1, keepdim=True).clamp_min(-1e30)  # a query that sees no key at all gets zeros
     exponent_HsU = torch.exp(wide_HsU - top_Hs1)
-    sum_Hs1 = exponent_HsU.sum(-1, keepdim=True)
-    probability_HsU = exponent_HsU / sum_Hs1.clamp_min(1e-30)
-    return probability_HsU.to(scores_HsU.dtype), top_Hs1 + torch.log(sum_Hs1.clamp_min(1e-30))
+    return exponent_HsU / exponent_HsU.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
-def _softmax_backward(
-    scale: float, scores_HsU: Tensor, grad_HsU: Tensor, lse_Hs1: Tensor, delta_Hs1: Tensor, mask_sU: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Probabilities again, and the gradient of the unscaled scores."""
-    wide_HsU = scores_HsU.float() * scale
-    probability_HsU = torch.exp(wide_HsU - lse_Hs1)
-    if mask_sU is not None:
-        probability_HsU = torch.where(mask_sU, probability_HsU, 0.0)
-    grad_scores_HsU = probability_HsU * (grad_HsU.float() - delta_Hs1) * scale
+def _softmax_backward(scale: float, scores_HsU: Tensor, grad_HsU: Tensor, mask_sU: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Probabilities again, and the gradient of the unscaled scores, from the gradient of the probabilities."""
+    probability_HsU, wide_grad_HsU = _probabilities(scale, scores_HsU, mask_sU), grad_HsU.float()
+    mean_Hs1 = (probability_HsU * wide_grad_HsU).sum(-1, keepdim=True)
+    grad_scores_HsU = probability_HsU * (wide_grad_HsU - mean_Hs1) * scale
     return probability_HsU.to(scores_HsU.dtype), grad_scores_HsU.to(scores_HsU.dtype)
 
 
@@ -75,25 +73,23 @@ def _grouped(x_sHD: Tensor, num_kv_heads: int) -> Tensor:
 
 def blocked_forward(
     q_BSHD: Tensor, k_BUGD: Tensor, v_BUGD: Tensor, mask: Tensor | None, is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """The result B×S×H×D in the inputs' dtype, and the log-sums B×H×S in float32.
+) -> Tensor:
+    """The result B×S×H×D in the inputs' dtype.
 
     ``mask``: bool, broadcastable to B×1×S×U, or None.
     """
     batch, length, heads, _ = q_BSHD.shape
     num_kv_heads = k_BUGD.shape[2]
     out_BSHD = torch.empty_like(q_BSHD, memory_format=torch.contiguous_format)
-    lse_BHS = torch.empty(batch, heads, length, dtype=torch.float32, device=q_BSHD.device)
     for block in _blocks(length, k_BUGD.shape[1], mask, is_causal, q_BSHD.device):
         for row in range(batch):
             q = _grouped(q_BSHD[row, block.queries], num_kv_heads)
             k, v = (x[row, : block.num_keys].transpose(0, 1) for x in (k_BUGD, v_BUGD))
             scores_HsU = torch.bmm(q, k.transpose(1, 2)).view(heads, -1, block.num_keys)
-            probability_HsU, lse_Hs1 = kernel(_softmax, scale)(scores_HsU, _of(block, row))
+            probability_HsU = kernel(_softmax, scale)(scores_HsU, _of(block, row))
             out = torch.bmm(probability_HsU.view(num_kv_heads, -1, block.num_keys), v)
             out_BSHD[row, block.queries] = out.view(heads, -1, out.shape[-1]).transpose(0, 1)
-            lse_BHS[row, :, block.queries] = lse_Hs1[..., 0]
-    return out_BSHD, lse_BHS
+    return out_BSHD
 
 
 def blocked_backward(
@@ -101,17 +97,14 @@ def blocked_backward(
     q_BSHD: Tensor,
     k_BUGD: Tensor,
     v_BUGD: Tensor,
-    out_BSHD: Tensor,
-    lse_BHS: Tensor,
     mask: Tensor | None,
     is_causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v in their own layouts and dtype; those of k and v are summed over blocks in that dtype."""
+    """Gradients of q, k and v in their own layouts and dtype; those of k and v are summed over blocks in float32."""
     batch, length, heads, width = q_BSHD.shape
     num_kv_heads, num_keys = k_BUGD.shape[2], k_BUGD.shape[1]
     grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BSHD, k_BUGD, v_BUGD))
-    delta_BHS1 = (grad_BSHD.float() * out_BSHD.float()).sum(-1).transpose(1, 2)[..., None].contiguous()
     blocks = list(_blocks(length, num_keys, mask, is_causal, q_BSHD.device))
     for row in range(batch):
         row_grad_k = torch.zeros(num_kv_heads, num_keys, width, dtype=torch.float32, device=q_BSHD.device)
@@ -123,10 +116,7 @@ def blocked_backward(
             shape = (heads, -1, block.num_keys)
             scores_HsU = torch.bmm(q, k.transpose(1, 2)).view(shape)
             grad_HsU = torch.bmm(grad, v.transpose(1, 2)).view(shape)
-            lse_Hs1 = lse_BHS[row, :, block.queries, None].contiguous()
-            delta_Hs1 = delta_BHS1[row, :, block.queries].contiguous()
-            arguments = (scores_HsU, grad_HsU, lse_Hs1, delta_Hs1, _of(block, row))
-            probability_HsU, grad_HsU = kernel(_softmax_backward, scale)(*arguments)
+            probability_HsU, grad_HsU = kernel(_softmax_backward, scale)(scores_HsU, grad_HsU, _of(block, row))
             probability, grad_scores = (x.view(num_kv_heads, -1, block.num_keys) for x in (probability_HsU, grad_HsU))
             row_grad_v[:, : block.num_keys] += torch.bmm(probability.transpose(1, 2), grad)
             row_grad_k[:, : block.num_keys] += torch.bmm(grad_scores.transpose(1, 2), q)
