@@ -122,6 +122,10 @@ def runs() -> dict[str, Run]:
         **{f"gradlite-n/{fraction}-off": ("gradlite", {"rank": 1 / fraction, "feedback": "off"}) for fraction in (16, 8)},
         "gradlite-n/8-off-refresh-1": ("gradlite", {"rank": 1 / 8, "feedback": "off", "refresh_interval": 1}),
         "gradlite-n/8-off-fp32-moments": ("gradlite", {"rank": 1 / 8, "feedback": "off", "moments": "fp32"}),
+        **{
+            f"gradlite-n/8-{hold}": ("gradlite", {"rank": 1 / 8, "feedback": "off", "hold": hold})
+            for hold in ("exact", "int8", "recompute", "recompute-int8")
+        },
     }
     grid: dict[str, Run] = {}
     for seed in (0, 1, 2):

@@ -19,48 +19,58 @@ from gradlite.hold.compiled import kernel
 BLOCK = 256
 
 
+_UNSEEN = -1e30
+
+
 class _Block(NamedTuple):
     queries: slice
     num_keys: int
-    mask: Tensor | None
-    """False where a query may not see a key: broadcastable to B×1×s×U."""
+    mask_BsU: Tensor | None
+    """Added to the logits, float32: 0 where a query may see a key. B is 1 where all rows of the batch share it.
+
+    Added, because choosing by a bool takes a compiled kernel twice as long.
+    """
+
+    def mask_of(self, row: int) -> Tensor | None:
+        """The mask of one row of the batch, s×U."""
+        return None if self.mask_BsU is None else self.mask_BsU[row if len(self.mask_BsU) > 1 else 0]
 
 
 def _blocks(num_queries: int, num_keys: int, mask: Tensor | None, is_causal: bool, device: torch.device) -> Iterator[_Block]:
     for start in range(0, num_queries, BLOCK):
         stop = min(start + BLOCK, num_queries)
         seen = min(stop, num_keys) if is_causal else num_keys
-        block_mask = None if mask is None else mask[..., start:stop, :]
+        may_see = None if mask is None else mask[:, 0, start:stop]
         if is_causal:
-            block_mask = torch.ones(stop - start, seen, dtype=torch.bool, device=device).tril(start)[None, None]
-        yield _Block(slice(start, stop), seen, block_mask)
-
-
-def _of(block: _Block, row: int) -> Tensor | None:
-    """The mask of one row of the batch, s×U."""
-    if block.mask is None:
-        return None
-    return block.mask[row if block.mask.shape[0] > 1 else 0, 0]
+            may_see = torch.ones(1, stop - start, seen, dtype=torch.bool, device=device).tril(start)
+        added = None
+        if may_see is not None:
+            added = torch.zeros(may_see.shape, device=device).masked_fill_(~may_see, _UNSEEN)
+        yield _Block(slice(start, stop), seen, added)
 
 
 def _softmax(scale: float, scores_HsU: Tensor, mask_sU: Tensor | None) -> Tensor:
     """Probabilities in the scores' dtype."""
-    return _probabilities(scale, scores_HsU, mask_sU).to(scores_HsU.dtype)
+    exponent_HsU, inverse_Hs1 = _exponents(scale, scores_HsU, mask_sU)
+    return (exponent_HsU * inverse_Hs1).to(scores_HsU.dtype)
 
 
-def _probabilities(scale: float, scores_HsU: Tensor, mask_sU: Tensor | None) -> Tensor:
+def _exponents(scale: float, scores_HsU: Tensor, mask_sU: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Exponentials, and one over their sums: zero for a query that sees no key, as in PyTorch."""
     wide_HsU = scores_HsU.float() * scale
     if mask_sU is not None:
-        wide_HsU = torch.where(mask_sU, wide_HsU, -torch.inf)
-    top_Hs1 = wide_HsU.amax(-1, keepdim=True).clamp_min(-1e30)  # a query that sees no key at all gets zeros
+        wide_HsU = wide_HsU + mask_sU
+    top_Hs1 = wide_HsU.amax(-1, keepdim=True)
     exponent_HsU = torch.exp(wide_HsU - top_Hs1)
-    return exponent_HsU / exponent_HsU.sum(-1, keepdim=True).clamp_min(1e-30)
+    return exponent_HsU, torch.where(top_Hs1 > 0.5 * _UNSEEN, 1.0 / exponent_HsU.sum(-1, keepdim=True), 0.0)
 
 
 def _softmax_backward(scale: float, scores_HsU: Tensor, grad_HsU: Tensor, mask_sU: Tensor | None) -> tuple[Tensor, Tensor]:
     """Probabilities again, and the gradient of the unscaled scores, from the gradient of the probabilities."""
-    probability_HsU, wide_grad_HsU = _probabilities(scale, scores_HsU, mask_sU), grad_HsU.float()
-    mean_Hs1 = (probability_HsU * wide_grad_HsU).sum(-1, keepdim=True)
+    exponent_HsU, inverse_Hs1 = _exponents(scale, scores_HsU, mask_sU)
+    wide_grad_HsU = grad_HsU.float()
+    mean_Hs1 = (exponent_HsU * wide_grad_HsU).sum(-1, keepdim=True) * inverse_Hs1
+    probability_HsU = exponent_HsU * inverse_Hs1
     grad_scores_HsU = probability_HsU * (wide_grad_HsU - mean_Hs1) * scale
     return probability_HsU.to(scores_HsU.dtype), grad_scores_HsU.to(scores_HsU.dtype)
 
@@ -86,7 +96,7 @@ def blocked_forward(
             q = _grouped(q_BSHD[row, block.queries], num_kv_heads)
             k, v = (x[row, : block.num_keys].transpose(0, 1) for x in (k_BUGD, v_BUGD))
             scores_HsU = torch.bmm(q, k.transpose(1, 2)).view(heads, -1, block.num_keys)
-            probability_HsU = kernel(_softmax, scale)(scores_HsU, _of(block, row))
+            probability_HsU = kernel(_softmax, scale)(scores_HsU, block.mask_of(row))
             out = torch.bmm(probability_HsU.view(num_kv_heads, -1, block.num_keys), v)
             out_BSHD[row, block.queries] = out.view(heads, -1, out.shape[-1]).transpose(0, 1)
     return out_BSHD
@@ -116,7 +126,7 @@ def blocked_backward(
             shape = (heads, -1, block.num_keys)
             scores_HsU = torch.bmm(q, k.transpose(1, 2)).view(shape)
             grad_HsU = torch.bmm(grad, v.transpose(1, 2)).view(shape)
-            probability_HsU, grad_HsU = kernel(_softmax_backward, scale)(scores_HsU, grad_HsU, _of(block, row))
+            probability_HsU, grad_HsU = kernel(_softmax_backward, scale)(scores_HsU, grad_HsU, block.mask_of(row))
             probability, grad_scores = (x.view(num_kv_heads, -1, block.num_keys) for x in (probability_HsU, grad_HsU))
             row_grad_v[:, : block.num_keys] += torch.bmm(probability.transpose(1, 2), grad)
             row_grad_k[:, : block.num_keys] += torch.bmm(grad_scores.transpose(1, 2), q)

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-TILE = 1 << 18  # elements of float32 workspace, 1 MiB: stays in a core's cache, and bounds the step's temporaries
+TILE = 1 << 19  # elements of float32 workspace, 2 MiB: stays in a core's cache, and bounds the step's temporaries
 TABLE = 1 << 20
 
 
