@@ -109,7 +109,7 @@ def worker(method: str, batch: int, length: int, repeats: int) -> dict[str, Any]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     state = peak_and_growth(step)[1]  # optimizer state appears in the first step and stays
     for _ in range(WARMUP):

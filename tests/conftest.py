@@ -1,6 +1,7 @@
-"""What several tests share: one thread, and a language model of a few thousand parameters."""
+"""What several tests share: one thread, a language model of a few thousand parameters, the bytes that wait for backward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -61,3 +62,26 @@ def batches() -> Callable[..., list[Tensor]]:
         return list(torch.randint(0, 40, (count, size, 7), generator=generator))
 
     return build
+
+
+@pytest.fixture
+def held_bytes() -> Callable[..., int]:
+    """``held_bytes(work, parameters)``: bytes of the storages that autograd saves during ``work``, parameters left out.
+
+    A storage counts once, however many operators keep it.
+    """
+
+    def count(work: Callable[[], Any], parameters: Iterable[Tensor | None] = ()) -> int:
+        left_out = {one.untyped_storage().data_ptr() for one in parameters if one is not None}
+        saved: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that no address is seen twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = work()
+        assert result is not None
+        return sum(one.untyped_storage().nbytes() for address, one in saved.items() if address not in left_out)
+
+    return count

@@ -1,6 +1,6 @@
-"""What the operators' tests share: holders, gradients against naive code, and the bytes that wait for backward."""
+"""What the operators' tests share: holders, gradients against naive code."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -67,26 +67,3 @@ def close() -> Callable[..., None]:
         assert not torch.allclose(found, exact, rtol=1e-6)
 
     return check
-
-
-@pytest.fixture
-def held_bytes() -> Callable[..., int]:
-    """``held_bytes(work, parameters)``: bytes of the storages that autograd saves during ``work``, parameters left out.
-
-    A storage counts once, however many operators keep it.
-    """
-
-    def count(work: Callable[[], Any], parameters: Iterable[Tensor | None] = ()) -> int:
-        left_out = {one.untyped_storage().data_ptr() for one in parameters if one is not None}
-        saved: dict[int, Tensor] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            saved[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that no address is seen twice
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            result = work()
-        assert result is not None
-        return sum(one.untyped_storage().nbytes() for address, one in saved.items() if address not in left_out)
-
-    return count

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradlite.attaching.coverage import Coverage, Entry, Kind
+from gradlite.attaching.held import held_coverage
 from gradlite.attaching.holding import Hold, HoldPlan
 from gradlite.attaching.names import RESIDUAL_NORM
 from gradlite.attaching.operators import Operators, give_back, recognise, take_over
@@ -118,8 +119,9 @@ def attach(
     projected = [module_names[id(module)] for _, parameter in chosen for module in owners[id(parameter)]]
     operators.plan.check_used(projected)
     window = Window(basis, sample_residual, seed, chosen[0][1])
-    attachment = Attachment(window, Coverage(tuple(entries)), operators)
     take_over(model, operators)
+    coverage = Coverage(tuple(entries), held_coverage(model, operators, chosen[0][1].itemsize))
+    attachment = Attachment(window, coverage, operators)
     for name, parameter in chosen:
         _project(attachment, name, parameter, owners[id(parameter)], module_names, rank)
     attachment.modules[0].register_parameter(RESIDUAL_NORM, attachment.window.residual_norm)

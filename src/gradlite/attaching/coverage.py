@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from gradlite.attaching.held import HeldCoverage
+
 Kind = Literal["projected", "plain", "frozen"]
 
 
@@ -23,9 +25,11 @@ class Coverage:
     """Every parameter of a model once, in the model's order.
 
     *projected*: trained in coordinates. *plain*: trained with its exact gradient by AdamW. *frozen*: was frozen, stays so.
+    ``held``: what waits for the backward pass, and how.
     """
 
     entries: tuple[Entry, ...]
+    held: HeldCoverage
 
     def num_elements(self, kind: Kind | None = None) -> int:
         """Parameters of one kind, or all."""
@@ -48,4 +52,4 @@ class Coverage:
                 f"{kind}: {len(entries)} tensors, {elements:,} parameters ({100 * elements / total:.2f} %), "
                 f"{size / 2**20:,.1f} MiB ({'; '.join(reasons)})"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, str(self.held)])

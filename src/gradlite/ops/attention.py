@@ -5,8 +5,8 @@ Shape suffixes: B batch, H query heads, G key-value heads (H a multiple of G), S
 Equal to ``F.scaled_dot_product_attention(q, k, v, mask, is_causal=…, scale=…)`` without dropout. Keys and values are held
 before they are repeated for their group of query heads. Where q and k are held as codes, backward makes the softmax anew from
 the codes: with the exact log-sums and result, the probabilities would not sum to one and errors would not cancel (whole-model
-gradient cosine of SmolLM2 with int8: 0.9942 that way, 0.9992 this way). The result is laid out B×S×H×D, contiguous, as the output projection
-reads it: the projection finds it on the shelf, and it is held once. Source: docs/method.md, section 2.
+gradient cosine of SmolLM2 with int8: 0.9942 that way, 0.9992 this way). The result is laid out B×S×H×D, contiguous, as the
+output projection reads it: the projection finds it on the shelf, and it is held once. Source: docs/method.md, section 2.
 """
 
 from collections.abc import Sequence

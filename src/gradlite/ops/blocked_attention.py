@@ -4,8 +4,8 @@ Shape suffixes: B batch, H query heads, G key-value heads (H = G·J), S queries,
 
 PyTorch's flash kernel multiplies small tiles in bfloat16 at a fifth of the speed of its batched products. Here one block's
 scores (heads × 256 × keys) exist at a time, keys and values are never repeated for their group of query heads, and under a
-causal mask a block never looks at later keys. Backward needs q, k and v only: it makes the softmax anew. Scores are rounded to the tensors' format before the softmax, as in eager
-attention.
+causal mask a block never looks at later keys. Backward needs q, k and v only: it makes the softmax anew. Scores are rounded
+to the tensors' format before the softmax, as in eager attention.
 """
 
 from collections.abc import Iterator

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from gradlite.errors import GradLiteError
 from gradlite.hold.compiled import is_compiling_enabled, kernel
 from gradlite.ops.factors import DenseFactors, GradientFactors
 
@@ -167,7 +168,15 @@ def tiled_cross_entropy(
         coordinates_VR, measure: the head's coordinates and collector, if it is attached.
 
     Under autocast the states and the weight are cast first, as in ``F.linear``.
+
+    Raises:
+        GradLiteError: a label outside the vocabulary (on a CPU; elsewhere looking would stall the device).
     """
+    if labels_T.device.type == "cpu" and len(labels_T) and not 0 <= int(labels_T.min()) <= int(labels_T.max()) < len(weight_VN):
+        raise GradLiteError(
+            f"labels must lie in [0, {len(weight_VN)}), the vocabulary, but reach from {int(labels_T.min())} to "
+            f"{int(labels_T.max())}; mark tokens that do not count with the ignore index (-100)."
+        )
     if torch.is_autocast_enabled(h_TN.device.type) and h_TN.dtype != torch.float64:
         h_TN = h_TN.to(torch.get_autocast_dtype(h_TN.device.type))
     arguments: tuple[Tensor | None, ...] = (h_TN, weight_VN, bias_V, coordinates_VR)

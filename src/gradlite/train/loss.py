@@ -1,8 +1,8 @@
 """The loss: per-token cross-entropy over the answer, in tiles of the vocabulary head where the attached model offers that.
 
-Otherwise the model's own head is called (as a module), for the answer's positions, and never its weight matrix. TRL's fused head multiplies by `lm_head.weight`
-itself: with an attached head that makes the head's full gradient for a moment in every step, which is what GradLite is
-there to avoid, and so TRL's trainer is not used here.
+Otherwise the model's own head is called (as a module), for the answer's positions, and never its weight matrix. TRL's
+fused head multiplies by `lm_head.weight` itself: with an attached head that makes the head's full gradient for a moment
+in every step, which is what GradLite is there to avoid, and so TRL's trainer is not used here.
 """
 
 import inspect

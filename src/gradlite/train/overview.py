@@ -36,6 +36,13 @@ def overview(
     expected = optimizer.expected_bytes()
     parts = ", ".join(f"{category.replace('_', ' ')} {in_bytes(size)}" for category, size in expected.items())
     table.add_row("memory", f"{in_bytes(sum(expected.values()))} without activations: {parts}")
+    held = coverage.held
+    table.add_row(
+        "activations",
+        f"{held.bytes_per_token:,} bytes a token wait for backward ({', '.join(dict.fromkeys(e.mode for e in held.entries))})"
+        + (f"; {len(held.unrecognised)} modules not recognised" if held.unrecognised else "")
+        + ("; loss in tiles, without full logits" if held.is_loss_tiled else ""),
+    )
     table.add_row(
         "data",
         f"{len(data.train):,} examples ({', '.join(data.columns)}), {in_count(data.num_tokens)} tokens; "
