@@ -68,6 +68,8 @@ def held_coverage(model: nn.Module, operators: Operators, itemsize: int) -> Held
         if (operator.role != "causal_lm" and not (operator.name + ".").startswith(replayed)) or operator.role == "block"
     )
     known = {id(operator.module) for operator in operators.found}
+    gated = [operator.module for operator in operators.found if operator.role == "gated"]
+    known.update(id(part) for mlp in gated for part in mlp.children())  # the activation, which the MLP's operator computes
     tiled = any(operator.role == "causal_lm" for operator in operators.found)
     return HeldCoverage(entries, tuple(_unrecognised(model, known)), tiled)
 
