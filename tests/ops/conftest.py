@@ -1,7 +1,6 @@
 """What the operators' tests share: holders, gradients against naive code."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
