@@ -12,9 +12,10 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from gradlite.ops.activation import ActivationKind, activation_value, wide
+from gradlite.ops.activation import ActivationKind, activation_value
 from gradlite.ops.gated_mlp import gated_value
 from gradlite.ops.norm import NormKind, norm_value
+from gradlite.ops.precision import wide
 
 _ROWS = 3
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}

@@ -7,6 +7,7 @@ scaled embedding, say) reaches the subspace operator; and before it where a forw
 """
 
 import functools
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -100,48 +101,48 @@ class TwinEmbedding(nn.Embedding):
         return subspace_embedding(input, self.weight, self.gradlite_coordinates, self.padding_idx, self.gradlite_collector)
 
 
-class TwinNorm(nn.Module):
+class _TwinOperator(nn.Module):
+    """A module of one input whose forward pass is an operator of ours wherever something waits for backward."""
+
+    gradlite_holder: Holder
+
+    @torch.compiler.disable
+    def forward(self, *arguments: Tensor, **keywords: Tensor) -> Tensor:
+        """As the module's own, which runs where nothing waits for backward."""
+        if not torch.is_grad_enabled():
+            return super().forward(*arguments, **keywords)
+        (x,) = (*arguments, *keywords.values())
+        return self._operate(x)
+
+    @abstractmethod
+    def _operate(self, x: Tensor) -> Tensor:
+        """The operator, on the module's one input."""
+
+
+class TwinNorm(_TwinOperator):
     """A norm that keeps ``x̂``, shared with the layers that read its result."""
 
     gradlite_kind: NormKind
-    gradlite_holder: Holder
 
-    @torch.compiler.disable
-    def forward(self, *arguments: Tensor, **keywords: Tensor) -> Tensor:
-        """As the norm's own, which also runs where nothing waits for backward."""
-        if not torch.is_grad_enabled():
-            return super().forward(*arguments, **keywords)
-        (x,) = (*arguments, *keywords.values())
+    def _operate(self, x: Tensor) -> Tensor:
         return norm(x, self._parameters.get("weight"), self._parameters.get("bias"), self.gradlite_kind, self.gradlite_holder)
 
 
-class TwinActivation(nn.Module):
+class TwinActivation(_TwinOperator):
     """An activation that keeps its input only."""
 
     gradlite_kind: ActivationKind
-    gradlite_holder: Holder
 
-    @torch.compiler.disable
-    def forward(self, *arguments: Tensor, **keywords: Tensor) -> Tensor:
-        """As the activation's own, which also runs where nothing waits for backward."""
-        if not torch.is_grad_enabled():
-            return super().forward(*arguments, **keywords)
-        (x,) = (*arguments, *keywords.values())
+    def _operate(self, x: Tensor) -> Tensor:
         return activation(x, self.gradlite_kind, self.gradlite_holder)
 
 
-class TwinGatedMLP(nn.Module):
+class TwinGatedMLP(_TwinOperator):
     """A gated MLP that keeps gate and up."""
 
     gradlite_kind: GatedLayout
-    gradlite_holder: Holder
 
-    @torch.compiler.disable
-    def forward(self, *arguments: Tensor, **keywords: Tensor) -> Tensor:
-        """As the MLP's own, which also runs where nothing waits for backward."""
-        if not torch.is_grad_enabled():
-            return super().forward(*arguments, **keywords)
-        (x,) = (*arguments, *keywords.values())
+    def _operate(self, x: Tensor) -> Tensor:
         layout = self.gradlite_kind
         return gated_forward(self, layout, x, lambda gate, up: gated(gate, up, layout.kind, self.gradlite_holder))
 
@@ -162,8 +163,6 @@ class TwinBlock(nn.Module):
 
 class TwinCausalLM(nn.Module):
     """A language model that never makes full logits for its loss."""
-
-    gradlite_own_class: type[nn.Module]
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """As the model's own; where ``labels`` are given, ``logits`` is None in the result."""

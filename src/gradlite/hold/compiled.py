@@ -49,8 +49,8 @@ class Kernel:
             if family not in self._families:
                 self._families[family] = self._compile()
             for tensor in tensors:
-                if tensor is not None and tensor.dim() > 1:
-                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+                if tensor is not None:
+                    torch._dynamo.maybe_mark_dynamic(tensor, _varying(tensor))
             device = next(tensor for tensor in tensors if tensor is not None).device
             with torch.no_grad(), torch.autocast(device.type, enabled=False):  # one mode, or the compiler would begin again
                 return self._families[family](*tensors)
@@ -85,7 +85,7 @@ def _family(tensor: Tensor | None) -> tuple[Any, ...] | None:
 
 def _varying(tensor: Tensor) -> list[int]:
     """Dimensions whose size the compiled code does not know. A size of one is always known: it may be broadcast."""
-    places = {0: [], 1: [], 2: [0]}.get(tensor.dim(), [tensor.dim() - 2, tensor.dim() - 1])
+    places = [[], [], [0]][tensor.dim()] if tensor.dim() < 3 else [tensor.dim() - 2, tensor.dim() - 1]
     return [place for place in places if tensor.shape[place] != 1]
 
 

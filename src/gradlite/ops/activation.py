@@ -15,6 +15,7 @@ from gradlite.hold.codec import Codec
 from gradlite.hold.compiled import kernel
 from gradlite.hold.holder import Holder
 from gradlite.hold.ticket import Held, Ticket
+from gradlite.ops.precision import wide
 
 ActivationKind = Literal["silu", "gelu", "gelu_tanh", "relu"]
 _SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
@@ -47,11 +48,6 @@ def _gelu_gate(kind: ActivationKind, x: Tensor) -> Tensor:
     if kind == "gelu":
         return 0.5 * (1.0 + torch.erf(x * (1.0 / math.sqrt(2.0))))
     return 0.5 * (1.0 + torch.tanh(_SQRT_2_OVER_PI * (x + 0.044715 * x * x * x)))
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32, or float64 as it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def activation_value(x: Tensor, kind: ActivationKind) -> Tensor:

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention that keeps q, k, v and its own result through a holder, and one number a query.
+"""Scaled dot-product attention that keeps q, k and v through a holder; with flash kernels a number a query and head as well.
 
 Shape suffixes: B batch, H query heads, G key-value heads (H a multiple of G), S queries, U keys, D head width.
 
@@ -6,7 +6,7 @@ Equal to ``F.scaled_dot_product_attention(q, k, v, mask, is_causal=…, scale=�
 before they are repeated for their group of query heads. Where q and k are held as codes, backward makes the softmax anew from
 the codes: with the exact log-sums and result, the probabilities would not sum to one and errors would not cancel (whole-model
 gradient cosine of SmolLM2 with int8: 0.9942 that way, 0.9992 this way). The result is laid out B×S×H×D, contiguous, as the
-output projection reads it: the projection finds it on the shelf, and it is held once. Source: docs/method.md, section 2.
+output projection reads it: the projection finds it on the shelf, and it is held once. Source: docs/method.md, section 7.
 """
 
 from collections.abc import Sequence
@@ -127,6 +127,17 @@ class _Flash(torch.autograd.Function):
         return grads[0], _summed(grads[1], num_kv_heads), _summed(grads[2], num_kv_heads), None, None, None, None
 
 
+def _keep_qkv(
+    ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, holder: Holder
+) -> None:
+    """All that a backward pass needs which makes the softmax anew."""
+    ctx.kept = _Kept(holder, (_rows(q), _rows(k), _rows(v)))
+    ctx.shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape))
+    ctx.is_causal, ctx.scale = is_causal, scale
+    ctx.save_for_backward(mask, *ctx.kept.leaves)
+    ctx.kept.leaves = ()
+
+
 class _Blocked(torch.autograd.Function):
     """Our own blocks. Keeps q, k and v."""
 
@@ -134,11 +145,7 @@ class _Blocked(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, holder: Holder
     ) -> Tensor:
-        ctx.kept = _Kept(holder, (_rows(q), _rows(k), _rows(v)))
-        ctx.shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape))
-        ctx.is_causal, ctx.scale = is_causal, scale
-        ctx.save_for_backward(mask, *ctx.kept.leaves)
-        ctx.kept.leaves = ()
+        _keep_qkv(ctx, q, k, v, mask, is_causal, scale, holder)
         return blocked_forward(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, is_causal, scale)
 
     @staticmethod
@@ -157,11 +164,7 @@ class _Replayed(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, holder: Holder
     ) -> Tensor:
-        ctx.kept = _Kept(holder, (_rows(q), _rows(k), _rows(v)))
-        ctx.shapes = (tuple(q.shape), tuple(k.shape), tuple(v.shape))
-        ctx.is_causal, ctx.scale = is_causal, scale
-        ctx.save_for_backward(mask, *ctx.kept.leaves)
-        ctx.kept.leaves = ()
+        _keep_qkv(ctx, q, k, v, mask, is_causal, scale, holder)
         return _attend(q, k, v, mask, is_causal, scale)
 
     @staticmethod

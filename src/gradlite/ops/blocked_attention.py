@@ -32,8 +32,11 @@ class _Block(NamedTuple):
     """
 
     def mask_of(self, row: int) -> Tensor | None:
-        """The mask of one row of the batch, s×U."""
-        return None if self.mask_BsU is None else self.mask_BsU[row if len(self.mask_BsU) > 1 else 0]
+        """The mask of one row of the batch, 1×s×U."""
+        if self.mask_BsU is None:
+            return None
+        row = row if len(self.mask_BsU) > 1 else 0
+        return self.mask_BsU[row : row + 1]
 
 
 def _blocks(num_queries: int, num_keys: int, mask: Tensor | None, is_causal: bool, device: torch.device) -> Iterator[_Block]:
@@ -49,25 +52,25 @@ def _blocks(num_queries: int, num_keys: int, mask: Tensor | None, is_causal: boo
         yield _Block(slice(start, stop), seen, added)
 
 
-def _softmax(scale: float, scores_HsU: Tensor, mask_sU: Tensor | None) -> Tensor:
+def _softmax(scale: float, scores_HsU: Tensor, mask_1sU: Tensor | None) -> Tensor:
     """Probabilities in the scores' dtype."""
-    exponent_HsU, inverse_Hs1 = _exponents(scale, scores_HsU, mask_sU)
+    exponent_HsU, inverse_Hs1 = _exponents(scale, scores_HsU, mask_1sU)
     return (exponent_HsU * inverse_Hs1).to(scores_HsU.dtype)
 
 
-def _exponents(scale: float, scores_HsU: Tensor, mask_sU: Tensor | None) -> tuple[Tensor, Tensor]:
+def _exponents(scale: float, scores_HsU: Tensor, mask_1sU: Tensor | None) -> tuple[Tensor, Tensor]:
     """Exponentials, and one over their sums: zero for a query that sees no key, as in PyTorch."""
     wide_HsU = scores_HsU.float() * scale
-    if mask_sU is not None:
-        wide_HsU = wide_HsU + mask_sU
+    if mask_1sU is not None:
+        wide_HsU = wide_HsU + mask_1sU
     top_Hs1 = wide_HsU.amax(-1, keepdim=True)
     exponent_HsU = torch.exp(wide_HsU - top_Hs1)
     return exponent_HsU, torch.where(top_Hs1 > 0.5 * _UNSEEN, 1.0 / exponent_HsU.sum(-1, keepdim=True), 0.0)
 
 
-def _softmax_backward(scale: float, scores_HsU: Tensor, grad_HsU: Tensor, mask_sU: Tensor | None) -> tuple[Tensor, Tensor]:
+def _softmax_backward(scale: float, scores_HsU: Tensor, grad_HsU: Tensor, mask_1sU: Tensor | None) -> tuple[Tensor, Tensor]:
     """Probabilities again, and the gradient of the unscaled scores, from the gradient of the probabilities."""
-    exponent_HsU, inverse_Hs1 = _exponents(scale, scores_HsU, mask_sU)
+    exponent_HsU, inverse_Hs1 = _exponents(scale, scores_HsU, mask_1sU)
     wide_grad_HsU = grad_HsU.float()
     mean_Hs1 = (exponent_HsU * wide_grad_HsU).sum(-1, keepdim=True) * inverse_Hs1
     probability_HsU = exponent_HsU * inverse_Hs1

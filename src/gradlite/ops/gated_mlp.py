@@ -1,6 +1,6 @@
 """The middle of a gated MLP, ``h = act(gate) · up``: keeps gate and up, and computes ``h`` again for the layer that reads it.
 
-Shape suffixes: T tokens, N width of the MLP. Source: docs/method.md, section 2.
+Shape suffixes: T tokens, N width of the MLP. Source: docs/method.md, section 7.
 """
 
 from typing import Any
@@ -13,7 +13,8 @@ from gradlite.hold.codec import Codec
 from gradlite.hold.compiled import kernel
 from gradlite.hold.holder import Holder
 from gradlite.hold.ticket import Held, Ticket
-from gradlite.ops.activation import ActivationKind, activate, derivative, wide
+from gradlite.ops.activation import ActivationKind, activate, derivative
+from gradlite.ops.precision import wide
 
 
 def gated_bytes(codec: Codec, num_tokens: int, width: int, itemsize: int) -> int:

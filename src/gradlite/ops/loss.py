@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from gradlite.errors import GradLiteError
 from gradlite.hold.compiled import is_compiling_enabled, kernel
 from gradlite.ops.factors import DenseFactors, GradientFactors
+from gradlite.ops.precision import wide
 
 TILE_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
 """Logits that exist at a time. Larger tiles multiply faster, up to about this many."""
@@ -60,7 +61,7 @@ def loss_bytes(num_tokens: int, width: int, vocabulary: int, rank: int, itemsize
 
 def _tile_losses(kind: LossKind, logits_tV: Tensor, labels_t1: Tensor) -> tuple[Tensor, Tensor]:
     """Losses (t×1) and the gradient of their sum with respect to the logits, in the logits' dtype."""
-    wide_tV = logits_tV.to(torch.promote_types(logits_tV.dtype, torch.float32))
+    wide_tV = wide(logits_tV)
     slope_tV = None
     if kind.softcap:
         tanh_tV = torch.tanh(wide_tV / kind.softcap)

@@ -4,7 +4,7 @@ Shape suffixes: T tokens (all dimensions but the last), N width.
 
 ``x̂ = (x − mean)·ρ`` with ``ρ = 1/√(mean((x − mean)²) + ε)``; RMSNorm leaves the mean out. ``y = w·x̂ + b``, Gemma's
 ``(1 + w)·x̂``. Backward (``g = δ·w``): ``∂L/∂x = ρ·(g − x̂·mean(g·x̂) − mean(g))``, again without the last mean for RMSNorm.
-Equal to the modules' own forward passes, in their order of roundings; source: docs/method.md, section 2.
+Equal to the modules' own forward passes, in their order of roundings; source: docs/method.md, section 7.
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from gradlite.hold.codec import Codec
 from gradlite.hold.compiled import kernel
 from gradlite.hold.holder import Holder
 from gradlite.hold.ticket import Held, Ticket
+from gradlite.ops.precision import wide
 
 
 @dataclass(frozen=True)
@@ -37,24 +38,20 @@ def norm_bytes(codec: Codec, num_tokens: int, width: int, itemsize: int) -> int:
     return codec.nbytes(num_tokens, width, itemsize) + num_tokens * max(4, itemsize)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _scaled(kind: NormKind, xhat_TN: Tensor, weight_N: Tensor | None, bias_N: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``y`` from ``x̂`` in wide or in the input's dtype."""
     if weight_N is None:
         return xhat_TN.to(dtype)
     if kind.scale_first or kind.centred:
-        weight_N = _wide(weight_N) + 1.0 if kind.plus_one else _wide(weight_N)
-        y_TN = _wide(xhat_TN) * weight_N
-        return (y_TN if bias_N is None else y_TN + _wide(bias_N)).to(dtype)
+        weight_N = wide(weight_N) + 1.0 if kind.plus_one else wide(weight_N)
+        y_TN = wide(xhat_TN) * weight_N
+        return (y_TN if bias_N is None else y_TN + wide(bias_N)).to(dtype)
     return (weight_N + 1.0 if kind.plus_one else weight_N) * xhat_TN.to(dtype)
 
 
 def normalised(kind: NormKind, x_TN: Tensor) -> tuple[Tensor, Tensor]:
     """``x̂`` (T×N) and ``ρ`` (T×1) in float32 or wider."""
-    x_TN = _wide(x_TN)
+    x_TN = wide(x_TN)
     if kind.centred:
         x_TN = x_TN - x_TN.mean(-1, keepdim=True)
     rho_T1 = torch.rsqrt(x_TN.square().mean(-1, keepdim=True) + kind.eps)
@@ -79,11 +76,11 @@ def _backward(
     kind: NormKind, codec: Codec, grad_TN: Tensor, weight_N: Tensor | None, rho_T1: Tensor, *leaves: Tensor
 ) -> tuple[Tensor, ...]:
     """``∂L/∂x`` in the gradient's dtype; then, with a weight, ``∂L/∂w`` and ``∂L/∂b`` in float32 or wider."""
-    wide_TN = _wide(grad_TN)
+    wide_TN = wide(grad_TN)
     xhat_TN = codec.decode(leaves, wide_TN.dtype)
     scaled_TN = wide_TN
     if weight_N is not None:
-        scaled_TN = wide_TN * (_wide(weight_N) + 1.0 if kind.plus_one else _wide(weight_N))
+        scaled_TN = wide_TN * (wide(weight_N) + 1.0 if kind.plus_one else wide(weight_N))
     grad_x_TN = scaled_TN - xhat_TN * (scaled_TN * xhat_TN).mean(-1, keepdim=True)
     if kind.centred:
         grad_x_TN = grad_x_TN - scaled_TN.mean(-1, keepdim=True)
