@@ -201,16 +201,16 @@ def test_blocks_of_many_lengths_are_traced_once(holder: Any, monkeypatch: pytest
     """Neither the queries nor the keys of a block are constants of the compiled code; two graphs a kernel at most (s = U)."""
     from torch._dynamo.utils import counters
 
-    from gradlite.hold.compiled import _State
+    from gradlite.hold.compiled import _State, kernel
 
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend="eager", **options))
     monkeypatch.setattr(_State, "usable", True)
-    blocked_attention.kernel.cache_clear()
+    kernel.cache_clear()
     counters.clear()
     for length in (150, 160, 170, 180, 300, 310):
         q, k, v = (torch.randn(1, length, 4, 16).bfloat16().transpose(1, 2).requires_grad_() for _ in range(3))
         attention(q, k, v, None, True, 0.25, holder(EXACT)).sum().backward()
-    blocked_attention.kernel.cache_clear()
+    kernel.cache_clear()
     assert 2 <= counters["stats"]["unique_graphs"] <= 4
     assert _State.usable
