@@ -357,6 +357,55 @@ def test_int4_warns(build: Build) -> None:
         gradlite.attach(build(), rank=4, hold="int4")
 
 
+# ---- coordinates instead of inputs, and the host's memory -----------------------------------------------------------
+
+
+def reduced(model: nn.Module, hold: Any) -> nn.Module:
+    """A copy at half of full rank, without a sample."""
+    model = copy.deepcopy(model)
+    gradlite.attach(model, rank=0.5, hold=hold, sample_residual=False)
+    return model
+
+
+def test_projected_gives_the_gradients_of_exact(build: Build, tokens: Tokens, same_gradients: Check, held_bytes: Any) -> None:
+    """To the last bit: ``xP`` is computed before instead of after, from the same numbers. While a basis is due, ``x`` waits."""
+    plain = build(dtype=torch.bfloat16)
+    models = [reduced(plain, hold) for hold in ("exact", "projected")]
+    held = []
+    for step in range(3):
+        for model in models:
+            window = attachment(model).window
+            for basis in window.bases():
+                basis.due = step == 2
+            held.append(held_bytes(lambda model=model: model(**tokens).loss, [p for _, p in model.named_parameters()]))
+            backward(model, tokens)
+        same_gradients(*models, 0.0)
+        for model in models:
+            for one in attachment(model).window.collectors:
+                one.coordinates.grad = None
+            attachment(model).window.clear()
+    assert held[0] == held[1]  # the first batch makes the bases
+    assert held[2] - held[3] == 2 * 18 * (32 - 16) * 2  # two output projections, 18 tokens, bfloat16
+    assert held[4] == held[5]
+
+
+def test_projected_needs_no_sample(build: Build) -> None:
+    model = build()
+    with pytest.raises(gradlite.GradLiteError, match=r'projected.*feedback="off"'):
+        gradlite.GradLite(model, rank=4, hold={"model.layers.0": "projected"}, feedback="feedback")  # type: ignore[arg-type]
+    assert attachment_of(model) is None
+    gradlite.GradLite(model, rank=4, hold="projected")
+
+
+def test_the_host_is_where_a_model_on_a_cpu_is(build: Build, attached: Any, tokens: Tokens, same_gradients: Check) -> None:
+    plain = build()
+    with pytest.warns(UserWarning, match="gains nothing for a model on a CPU"):
+        model = attached(plain, "host")
+    assert "in the host's memory" in str(attachment(model).coverage)
+    backward(model, tokens), backward(plain, tokens)
+    same_gradients(model, plain, 1e-5)
+
+
 # ---- what stays behind ----------------------------------------------------------------------------------------------
 
 

@@ -87,6 +87,10 @@ def attach(
         model: any module; frozen parameters stay frozen. rank: a whole number, or a fraction of each layer's input width.
         basis: ``gradient`` (leading singular space, moves), ``activation`` (principal space of the inputs, moves) or
             ``random`` (static). sample_residual: whether backward also samples what the basis misses.
+        hold: how tensors wait for backward: ``exact`` (each once), ``int8``, ``int4``, ``projected`` (linear inputs as ``xP``
+            where nothing else keeps them), ``host`` (in the host's memory), ``recompute`` or ``recompute-int8`` (each block's
+            input only), or ``{pattern: mode}`` on names of modules; the first pattern that matches a module or a parent of it
+            decides.
         include, exclude: patterns (``fnmatch``) on names of parameters or their layers; what is left out is trained plain,
             not frozen.
         seed: of the bases and samples.
@@ -113,14 +117,16 @@ def attach(
     if not chosen:
         raise GradLiteError(_why_nothing(model, entries))
     warn_if_clipped(rank, [parameter.shape[1] for _, parameter in chosen])
-    operators = Operators(HoldPlan(hold), seed)
+    plan = HoldPlan(hold)
+    _check_hold(plan, sample_residual, chosen[0][1].device)
+    operators = Operators(plan, seed)
     recognise(model, operators)
     module_names = {id(module): name for name, module in model.named_modules()}
     projected = [module_names[id(module)] for _, parameter in chosen for module in owners[id(parameter)]]
     operators.plan.check_used(projected)
     window = Window(basis, sample_residual, seed, chosen[0][1])
     take_over(model, operators)
-    coverage = Coverage(tuple(entries), held_coverage(model, operators, chosen[0][1].itemsize))
+    coverage = Coverage(tuple(entries), held_coverage(model, operators, chosen[0][1].itemsize, rank))
     attachment = Attachment(window, coverage, operators)
     for name, parameter in chosen:
         _project(attachment, name, parameter, owners[id(parameter)], module_names, rank)
@@ -215,6 +221,19 @@ def _check_patterns(patterns: Sequence[str], names: Sequence[Sequence[str]]) -> 
             )
 
 
+def _check_hold(plan: HoldPlan, sample_residual: bool, device: torch.device) -> None:
+    if plan.names("projected") and sample_residual:
+        raise GradLiteError(
+            'hold="projected" keeps no inputs from which the residual could be sampled; use feedback="off" '
+            '(in gradlite.attach: sample_residual=False) or hold="int8".'
+        )
+    if plan.names("host") and device.type == "cpu":
+        warnings.warn(
+            'hold="host" gains nothing for a model on a CPU, which is in the host memory already; it does what "exact" does.',
+            stacklevel=4,
+        )
+
+
 def _why_nothing(model: nn.Module, entries: Sequence[Entry]) -> str:
     reasons = sorted({entry.reason for entry in entries})
     found = "; ".join(reasons) if reasons else "it has no parameters"
@@ -234,7 +253,7 @@ def _project(
     collector = Collector(attachment.window, rows, width, layer, memory_rank(layer), weight)
     for module in owners:
         mode = attachment.operators.plan.mode_of(names[id(module)])
-        become_twin(module, collector, attachment.operators.holder(mode.codec))
+        become_twin(module, collector, attachment.operators.holder(mode))
         attachment.modules.append(module)
     attachment.projected.append((name, weight))
     attachment.absorb_uses_past_the_layer(name, weight, collector)

@@ -7,6 +7,7 @@ from torch import nn
 
 from gradlite.attaching.blocks import named_blocks
 from gradlite.attaching.operators import Operator, Operators
+from gradlite.attaching.rank import layer_rank
 from gradlite.attaching.recognise import GatedLayout
 from gradlite.ops.attention import attention_bytes
 from gradlite.ops.gated_mlp import gated_bytes
@@ -51,7 +52,8 @@ class HeldCoverage:
             size = sum(entry.bytes_per_token or 0 for entry in entries)
             unknown = sum(entry.bytes_per_token is None for entry in entries)
             note = f", {unknown} of unknown width not counted" if unknown else ""
-            lines.append(f"held for backward, {mode}: {parts}: {size:,} bytes a token{note}")
+            where = " in the host's memory" if mode == "host" else ""
+            lines.append(f"held for backward, {mode}: {parts}: {size:,} bytes a token{where}{note}")
         if self.unrecognised:
             examples = ", ".join(self.unrecognised[:3]) + (", …" if len(self.unrecognised) > 3 else "")
             lines.append(f"not recognised, kept as PyTorch keeps it: {len(self.unrecognised)} modules ({examples})")
@@ -59,11 +61,11 @@ class HeldCoverage:
         return "\n".join(lines)
 
 
-def held_coverage(model: nn.Module, operators: Operators, itemsize: int) -> HeldCoverage:
-    """Adds up the formulas for activations of ``itemsize`` bytes an element."""
+def held_coverage(model: nn.Module, operators: Operators, itemsize: int, rank: int | float) -> HeldCoverage:
+    """Adds up the formulas for activations of ``itemsize`` bytes an element, between two refreshes of the bases."""
     replayed = tuple(operator.name + "." for operator in operators.found if operator.role == "block")
     entries = tuple(
-        HeldEntry(operator.name, operator.role, operator.mode.name, _bytes(operator, model, itemsize))
+        HeldEntry(operator.name, operator.role, operator.mode.name, _bytes(operator, model, itemsize, rank))
         for operator in operators.found
         if (operator.role != "causal_lm" and not (operator.name + ".").startswith(replayed)) or operator.role == "block"
     )
@@ -82,7 +84,7 @@ def _unrecognised(model: nn.Module, known: set[int]) -> Iterator[str]:
                 yield f"{name}.{inner}"
 
 
-def _bytes(operator: Operator, model: nn.Module, itemsize: int) -> int | None:
+def _bytes(operator: Operator, model: nn.Module, itemsize: int, rank: int | float) -> int | None:
     module, codec = operator.module, operator.mode.codec
     if operator.role == "gated":
         assert isinstance(operator.kind, GatedLayout)
@@ -90,8 +92,11 @@ def _bytes(operator: Operator, model: nn.Module, itemsize: int) -> int | None:
         return gated_bytes(codec, 1, width if operator.kind.up else width // 2, itemsize)
     if operator.role == "attention":
         heads, kv_heads, width = _heads(module)
-        held = attention_bytes(codec, 1, heads, kv_heads, width, itemsize, is_flash=not codec.is_lossy and itemsize > 2)
-        return held + linear_bytes(codec, 1, heads * width, itemsize)
+        is_flash = not codec.is_lossy and itemsize > 2
+        held = attention_bytes(codec, 1, heads, kv_heads, width, itemsize, is_flash)
+        is_projected = operator.mode.is_projected and not is_flash  # flash kernels keep the result themselves
+        output_width = layer_rank(rank, heads * width) if is_projected else heads * width
+        return held + linear_bytes(codec, 1, output_width, itemsize)
     if operator.role == "norm":
         weight = module._parameters.get("weight")
         width = module.normalized_shape[0] if weight is None else weight.shape[0]  # type: ignore[index,assignment]

@@ -1,7 +1,9 @@
 """The ways of holding that users name, and which module gets which.
 
-``exact``, ``int8``, ``int4``: what operators keep. ``recompute``, ``recompute-int8``: only a block's input is kept, as it is or
-in codes, and the block runs again in backward (its operators then keep exact tensors, of one block at a time).
+``exact``, ``int8``, ``int4``: what operators keep. ``host``: the same as ``exact``, in the host's memory. ``projected``: as
+``exact``, but a linear layer whose input nothing else keeps holds the input's coordinates ``xP`` (the paper's literal
+scheme). ``recompute``, ``recompute-int8``: only a block's input is kept, as it is or in codes, and the block runs again in
+backward (its operators then keep exact tensors, of one block at a time).
 """
 
 import re
@@ -13,7 +15,7 @@ from typing import Literal, get_args
 from gradlite.errors import GradLiteError
 from gradlite.hold.codec import EXACT, INT4, INT8, Codec
 
-HoldMode = Literal["exact", "int8", "int4", "recompute", "recompute-int8"]
+HoldMode = Literal["exact", "int8", "int4", "projected", "host", "recompute", "recompute-int8"]
 Hold = HoldMode | Mapping[str, HoldMode]
 """One mode, or ``{pattern: mode}``: the first pattern that matches the name of a module or of one of its parents decides."""
 
@@ -25,12 +27,16 @@ class Mode:
     name: HoldMode
     codec: Codec
     boundary: Codec | None = None
+    is_projected: bool = False
+    is_on_host: bool = False
 
 
 MODES: dict[str, Mode] = {
     "exact": Mode("exact", EXACT),
     "int8": Mode("int8", INT8),
     "int4": Mode("int4", INT4),
+    "projected": Mode("projected", EXACT, is_projected=True),
+    "host": Mode("host", EXACT, is_on_host=True),
     "recompute": Mode("recompute", EXACT, EXACT),
     "recompute-int8": Mode("recompute-int8", EXACT, INT8),
 }
@@ -48,6 +54,10 @@ class HoldPlan:
             warnings.warn(INT4_WARNING, stacklevel=4)
         self._rules = [(pattern, _expression(pattern), MODES[mode]) for pattern, mode in named.items()]
         self._used: set[str] = set()
+
+    def names(self, mode: HoldMode) -> bool:
+        """Whether some rule gives this mode."""
+        return any(rule.name == mode for _, _, rule in self._rules)
 
     def mode_of(self, name: str) -> Mode:
         """The mode of the module called ``name``; ``exact`` where no pattern matches."""

@@ -12,9 +12,10 @@ from gradlite.attaching.causal_lm import can_tile_loss
 from gradlite.attaching.holding import HoldPlan, Mode
 from gradlite.attaching.recognise import activation_kind, gated_layout, norm_kind
 from gradlite.attaching.twins import become_itself, become_recognised
-from gradlite.hold.codec import Codec
 from gradlite.hold.holder import Holder
+from gradlite.hold.host import Host
 from gradlite.hold.noise import Noise
+from gradlite.hold.place import HERE
 from gradlite.hold.shelf import Shelf
 
 
@@ -38,18 +39,22 @@ class Operators:
         self.found: list[Operator] = []
         self.attention_switched = False
         self._shelf = Shelf()
-        self._holders: dict[str, Holder] = {}
+        self._host = Host()
+        self._holders: dict[tuple[str, bool], Holder] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if self.attention_switched:  # by another process, maybe
             attention.register()
 
-    def holder(self, codec: Codec) -> Holder:
-        """The one holder with this codec; all share what is held."""
-        if codec.name not in self._holders:
-            self._holders[codec.name] = Holder(codec, self.noise, self._shelf)
-        return self._holders[codec.name]
+    def holder(self, mode: Mode, is_boundary: bool = False) -> Holder:
+        """The one holder of this mode, or of what it keeps at a replayed block's boundary; all share what is held."""
+        key = mode.name, is_boundary
+        if key not in self._holders:
+            codec = mode.boundary if is_boundary and mode.boundary is not None else mode.codec
+            place = self._host if mode.is_on_host else HERE
+            self._holders[key] = Holder(codec, self.noise, self._shelf, place, mode.is_projected)
+        return self._holders[key]
 
     def clear_shelf(self) -> None:
         """When a forward pass is over: nobody will ask for what it offered."""
@@ -102,13 +107,11 @@ def take_over(model: nn.Module, operators: Operators) -> None:
     if not operators.attention_switched:
         operators.found = [operator for operator in operators.found if operator.role != "attention"]
     for operator in operators.found:
-        codec = operator.mode.codec
-        if operator.role == "block" and operator.mode.boundary is not None:
-            codec = operator.mode.boundary
+        holder = operators.holder(operator.mode, is_boundary=operator.role == "block")
         if operator.role == "attention":
-            operator.module.gradlite_holder = operators.holder(codec)  # type: ignore[assignment]
+            operator.module.gradlite_holder = holder  # type: ignore[assignment]
         else:
-            become_recognised(operator.module, operator.role, operator.kind, operators.holder(codec))
+            become_recognised(operator.module, operator.role, operator.kind, holder)
 
 
 def give_back(model: nn.Module, operators: Operators) -> None:

@@ -82,10 +82,10 @@ class TwinLinear(nn.Linear):
     @torch.compiler.disable
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear.forward``. A compiled model calls it as it is: backward keeps state that graphs must not cache."""
-        self.gradlite_collector.reads(input)
-        return subspace_linear(
-            input, self.weight, self.bias, self.gradlite_coordinates, self.gradlite_collector, self.gradlite_holder
-        )
+        collector, holder = self.gradlite_collector, self.gradlite_holder
+        collector.reads(input)
+        projector = collector if holder.projects else None
+        return subspace_linear(input, self.weight, self.bias, self.gradlite_coordinates, collector, holder, projector)
 
 
 class TwinEmbedding(nn.Embedding):

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from gradlite.hold.codec import Codec
 from gradlite.hold.compiled import kernel
 from gradlite.hold.holder import Holder
-from gradlite.hold.ticket import Held, Ticket
+from gradlite.hold.ticket import Held
 from gradlite.ops.precision import wide
 
 ActivationKind = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -76,17 +76,18 @@ class _Activation(torch.autograd.Function):
         x_TN = x.reshape(-1, x.shape[-1])
         codec = holder.codec_for(x_TN.shape[1])
         y_TN, *leaves = kernel(_forward, kind, codec)(x_TN, holder.noise_for(x_TN))
+        leaves = holder.place.put(leaves)
         ctx.save_for_backward(*leaves)
-        ctx.kind, ctx.codec = kind, codec
+        ctx.kind, ctx.codec, ctx.place = kind, codec, holder.place
         y: Tensor = y_TN.view(x.shape)
-        holder.shelf.offer(y, Held(Ticket(kernel(_rebuild, kind, codec, x.dtype)), tuple(leaves)))
+        holder.shelf.offer(y, Held(holder.ticket(kernel(_rebuild, kind, codec, x.dtype)), leaves))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         grad_TN = grad.reshape(-1, grad.shape[-1])
-        return kernel(_backward, ctx.kind, ctx.codec)(grad_TN, *ctx.saved_tensors).view(grad.shape), None, None
+        return kernel(_backward, ctx.kind, ctx.codec)(grad_TN, *ctx.place.fetch(ctx.saved_tensors)).view(grad.shape), None, None
 
 
 def activation(x: Tensor, kind: ActivationKind, holder: Holder) -> Tensor:

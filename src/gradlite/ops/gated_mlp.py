@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from gradlite.hold.codec import Codec
 from gradlite.hold.compiled import kernel
 from gradlite.hold.holder import Holder
-from gradlite.hold.ticket import Held, Ticket
+from gradlite.hold.ticket import Held
 from gradlite.ops.activation import ActivationKind, activate, derivative
 from gradlite.ops.precision import wide
 
@@ -60,17 +60,18 @@ class _Gated(torch.autograd.Function):
         codec = holder.codec_for(gate_TN.shape[1])
         noises = holder.noise_for(gate_TN), holder.noise_for(up_TN)
         h_TN, *leaves = kernel(_forward, kind, codec)(gate_TN, up_TN, *noises)
+        leaves = holder.place.put(leaves)
         ctx.save_for_backward(*leaves)
-        ctx.kind, ctx.codec = kind, codec
+        ctx.kind, ctx.codec, ctx.place = kind, codec, holder.place
         h: Tensor = h_TN.view(gate.shape)
-        holder.shelf.offer(h, Held(Ticket(kernel(_rebuild, kind, codec, h.dtype)), tuple(leaves)))
+        holder.shelf.offer(h, Held(holder.ticket(kernel(_rebuild, kind, codec, h.dtype)), leaves))
         return h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_TN = grad.reshape(-1, grad.shape[-1])
-        grad_gate_TN, grad_up_TN = kernel(_backward, ctx.kind, ctx.codec)(grad_TN, *ctx.saved_tensors)
+        grad_gate_TN, grad_up_TN = kernel(_backward, ctx.kind, ctx.codec)(grad_TN, *ctx.place.fetch(ctx.saved_tensors))
         return grad_gate_TN.view(grad.shape), grad_up_TN.view(grad.shape), None, None
 
 

@@ -9,7 +9,7 @@ stops as soon as everything is saved, and so never pays for the last layer's pro
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,17 +25,31 @@ Absorb = Callable[[GradientFactors], Tensor]
 """Takes one gradient as factors, returns the coordinates' gradient (M×R) in the coordinates' dtype."""
 
 
+class Projector(Protocol):
+    """Absorbs from the input's coordinates ``xP`` alone (the paper's literal scheme), where the basis allows that."""
+
+    def project(self, x_TN: Tensor) -> Tensor | None:
+        """``xP`` (T×R) in the dtype of ``x``, or None while the gradient of this batch is needed beyond its coordinates."""
+
+    def absorb_projected(self, grad_TM: Tensor, inside_TR: Tensor) -> Tensor:
+        """The coordinates' gradient ``δᵀ(xP)``, as :data:`Absorb`."""
+
+
 def linear_bytes(codec: Codec, num_tokens: int, width: int, itemsize: int) -> int:
-    """Bytes that a linear layer holds where no operator before it holds its input already (then: none)."""
+    """Bytes that a linear layer holds where no operator before it holds its input already (then: none).
+
+    With a :class:`Projector`, ``width`` is the rank.
+    """
     return codec.nbytes(num_tokens, width, itemsize)
 
 
 class _Kept:
-    """Leads from the second node to what the first one saved."""
+    """Leads from the second node to what the first one saved. ``projector``: if the input's coordinates wait for the input."""
 
     def __init__(self, needs_x: bool) -> None:
         self.needs_x = needs_x
         self.ticket: Ticket | None = None
+        self.projector: Projector | None = None
         self.node: Any = None
 
 
@@ -77,7 +91,9 @@ class _Multiply(torch.autograd.Function):
             return None, None, grad_bias, None, None, None
         weight_MN, *leaves = ctx.kept.node.saved_tensors
         grad_coordinates = None
-        if needs_coordinates:
+        if needs_coordinates and ctx.kept.projector is not None:
+            grad_coordinates = ctx.kept.projector.absorb_projected(grad_TM, *leaves)
+        elif needs_coordinates:
             x_TN = ctx.kept.ticket.get(leaves).view(-1, weight_MN.shape[1]).to(grad.dtype)
             grad_coordinates = ctx.absorb(DenseFactors(grad_TM, x_TN))
             del x_TN
@@ -86,15 +102,30 @@ class _Multiply(torch.autograd.Function):
         return grad_x, None, grad_bias, grad_coordinates, None, None
 
 
+def _projected(x: Tensor, own: Tensor, projector: Projector | None, holder: Holder) -> Tensor | None:
+    """``xP`` where that is all that needs to wait: nobody holds ``x`` (``own`` before casting) anyway."""
+    if projector is None or holder.shelf.find(own) is not None:
+        return None
+    with torch.no_grad():
+        return projector.project(x.reshape(-1, x.shape[-1]))
+
+
 def subspace_linear(
-    x: Tensor, weight_MN: Tensor, bias_M: Tensor | None, coordinates_MR: Tensor, absorb: Absorb, holder: Holder
+    x: Tensor,
+    weight_MN: Tensor,
+    bias_M: Tensor | None,
+    coordinates_MR: Tensor,
+    absorb: Absorb,
+    holder: Holder,
+    projector: Projector | None = None,
 ) -> Tensor:
     """``F.linear(x, weight, bias)`` whose weight gradient is absorbed as coordinates.
 
     Args:
         x: ``(…, N)``. weight_MN: the layer's weight; receives no ``.grad``. bias_M: or None; its gradient is exact.
         coordinates_MR: a leaf of zeros that receives ``δᵀ(xP)``. absorb: see :data:`Absorb`; called once in backward.
-        holder: how ``x`` waits, unless an operator that made it holds it already.
+        holder: how ``x`` waits, unless an operator that made it holds it already. projector: if given, ``xP`` waits in its
+            place where it can.
 
     Under autocast the operands are cast first, as in ``F.linear``, and what waits is the low-precision copy of ``x``.
     """
@@ -108,8 +139,12 @@ def subspace_linear(
     kept = _Kept(own.requires_grad)
     leaves: tuple[Tensor, ...] = ()
     if coordinates_MR.requires_grad:
-        held = holder.hold(own, x.dtype)
-        kept.ticket, leaves = held.ticket, held.leaves
+        inside_TR = _projected(x, own, projector, holder)
+        if inside_TR is not None:
+            kept.projector, leaves = projector, (inside_TR,)
+        else:
+            held = holder.hold(own, x.dtype)
+            kept.ticket, leaves = held.ticket, held.leaves
     x = _Keep.apply(x, coordinates_MR, own_weight_MN, kept, *leaves)
     output: Tensor = _Multiply.apply(x, weight_MN, bias_M, coordinates_MR, absorb, kept)
     return output

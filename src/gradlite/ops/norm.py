@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from gradlite.hold.codec import Codec
 from gradlite.hold.compiled import kernel
 from gradlite.hold.holder import Holder
+from gradlite.hold.place import Place
 from gradlite.hold.ticket import Held, Ticket
 from gradlite.ops.precision import wide
 
@@ -90,12 +91,13 @@ def _backward(
     return grad_x_TN, (wide_TN * xhat_TN).sum(0), wide_TN.sum(0)
 
 
-def _ticket(kind: NormKind, codec: Codec, dtype: torch.dtype, num_affine: int) -> Ticket:
+def _ticket(kind: NormKind, codec: Codec, dtype: torch.dtype, num_affine: int, place: Place) -> Ticket:
     """For ``y``, from its weight and bias (where there are any) and the leaves of ``x̂``."""
 
     def rebuild(*parts: Tensor) -> Tensor:
         weight_N, bias_N = (*parts[:num_affine], None, None)[:2]
-        y_TN: Tensor = kernel(_rebuild, kind, codec, dtype)(weight_N, bias_N, *parts[num_affine:])
+        leaves = place.fetch(parts[num_affine:])
+        y_TN: Tensor = kernel(_rebuild, kind, codec, dtype)(weight_N, bias_N, *leaves)
         return y_TN
 
     return Ticket(rebuild)
@@ -114,11 +116,12 @@ class _Norm(torch.autograd.Function):
         x_TN = x.reshape(-1, x.shape[-1])
         codec = holder.codec_for(x_TN.shape[1])
         y_TN, rho_T1, *leaves = kernel(_forward, kind, codec)(x_TN, weight_N, bias_N, holder.noise_for(x_TN))
+        leaves = holder.place.put(leaves)
         ctx.save_for_backward(weight_N, rho_T1, *leaves)
-        ctx.kind, ctx.codec, ctx.shelf = kind, codec, holder.shelf
+        ctx.kind, ctx.codec, ctx.shelf, ctx.place = kind, codec, holder.shelf, holder.place
         y: Tensor = y_TN.view(x.shape)
         affine = tuple(parameter for parameter in (weight_N, bias_N) if parameter is not None)
-        holder.shelf.offer(y, Held(_ticket(kind, codec, x.dtype, len(affine)), (*affine, *leaves)))
+        holder.shelf.offer(y, Held(_ticket(kind, codec, x.dtype, len(affine), holder.place), (*affine, *leaves)))
         return y
 
     @staticmethod
@@ -127,7 +130,7 @@ class _Norm(torch.autograd.Function):
         ctx.shelf.clear()  # backward has begun: nobody asks any more
         weight_N, rho_T1, *leaves = ctx.saved_tensors
         grad_TN = grad.reshape(-1, grad.shape[-1])
-        grad_x_TN, *affine = kernel(_backward, ctx.kind, ctx.codec)(grad_TN, weight_N, rho_T1, *leaves)
+        grad_x_TN, *affine = kernel(_backward, ctx.kind, ctx.codec)(grad_TN, weight_N, rho_T1, *ctx.place.fetch(leaves))
         grad_weight, grad_bias = (*affine, None, None)[:2]
         _, needs_weight, needs_bias, _, _ = ctx.needs_input_grad
         return (

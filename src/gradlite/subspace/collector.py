@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gradlite.ops.factors import GradientFactors
 from gradlite.subspace.basis import activation_basis, gradient_basis, pull_back, random_basis
+from gradlite.subspace.energy import probed
 from gradlite.subspace.residual import ResidualSample, merge_samples, sample_residual
 
 BasisKind = Literal["gradient", "activation", "random"]
@@ -58,6 +59,8 @@ class Basis:
         self.due = False
         """A refresh follows the current window: its backward passes must leave a sketch."""
         self.sketch_NR: Tensor | None = None
+        self.probes_NK: Tensor | None = None
+        """Directions outside the basis: while they are here, its weights measure their gradients' energy."""
 
 
 class Window:
@@ -113,6 +116,7 @@ class Window:
         self.residual_norm.grad = None
         for collector in self.collectors:
             collector.sample, collector.diagonal, collector.num_tokens = None, None, 0
+            collector.probed_ML = None
         for basis in self.bases():
             basis.sketch_NR = None
 
@@ -163,24 +167,31 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """``a + b``, where None stands for nothing yet."""
+    return b if a is None else a if b is None else a + b
+
+
 class Absorbed(NamedTuple):
     """What one gradient leaves behind. ``sample`` and ``diagonal`` are None where no residual is sampled."""
 
     gradient_MR: Tensor
-    sketch_NR: Tensor | None
-    sample: ResidualSample | None
-    diagonal: Tensor | None
-    num_tokens: int
+    sketch_NR: Tensor | None = None
+    probed_ML: Tensor | None = None
+    sample: ResidualSample | None = None
+    diagonal: Tensor | None = None
+    num_tokens: int = 0
 
     def scaled(self, factor: Tensor) -> "Absorbed":
         """Of ``factor`` times the gradient (a scalar tensor)."""
         sketch = None if self.sketch_NR is None else self.sketch_NR * factor.to(self.sketch_NR.dtype)
+        probes = None if self.probed_ML is None else self.probed_ML * factor.to(self.probed_ML.dtype)
         sample, diagonal = self.sample, self.diagonal
         if sample is not None and diagonal is not None:
             sample = ResidualSample(sample.left_KM * factor.to(sample.left_KM.dtype), sample.right_KN)
             diagonal = diagonal * factor.to(diagonal.dtype).square()
         gradient_MR = self.gradient_MR * factor.to(self.gradient_MR.dtype)
-        return Absorbed(gradient_MR, sketch, sample, diagonal, self.num_tokens)
+        return Absorbed(gradient_MR, sketch, probes, sample, diagonal, self.num_tokens)
 
 
 class Collector:
@@ -198,6 +209,10 @@ class Collector:
         self.num_tokens = 0
         self.probe_MR: Tensor | None = None
         """While the basis is due: the first moment's direction, the left side of the power iteration."""
+        self.probed_ML: Tensor | None = None
+        """The window's gradient, seen through the basis' probes."""
+        self.share_inside: Tensor | None = None
+        """The newest share of the gradient's energy inside the basis, a scalar."""
         window.collectors.append(self)
 
     def reads(self, x: Tensor) -> None:
@@ -210,11 +225,27 @@ class Collector:
         """Takes the basis along when a module moves to another device or dtype (idempotent: several layers share one)."""
         if self.basis.matrix_NR is not None:
             self.basis.matrix_NR = fn(self.basis.matrix_NR)
+        if self.basis.probes_NK is not None:
+            self.basis.probes_NK = fn(self.basis.probes_NK)
         self.window.follow(self.coordinates.device)
 
     def __call__(self, factors: GradientFactors) -> Tensor:
         """Absorbs one gradient; returns the coordinates' gradient ``G P`` (M×R) in the coordinates' dtype."""
         return self.take(self.measure(factors))
+
+    def project(self, x_TN: Tensor) -> Tensor | None:
+        """The input's coordinates ``xP``, or None where backward needs ``x`` itself: for a sketch, a sample, a first basis."""
+        matrix_NR = self.basis.matrix_NR
+        needs_x = self.basis.due or self.basis.probes_NK is not None or self.window.sample_residual
+        if matrix_NR is None or needs_x:
+            return None
+        return x_TN @ matrix_NR.to(x_TN.dtype)
+
+    def absorb_projected(self, grad_TM: Tensor, inside_TR: Tensor) -> Tensor:
+        """Absorbs one gradient from its input's coordinates; returns the coordinates' gradient ``δᵀ(xP)``."""
+        with torch.autocast(grad_TM.device.type, enabled=False):
+            gradient_MR = (grad_TM.T @ inside_TR.to(grad_TM.dtype)).to(self.coordinates.dtype)
+        return self.take(Absorbed(gradient_MR))
 
     def measure(self, factors: GradientFactors) -> "Absorbed":
         """What one gradient leaves behind, not yet added to the window. The first one ever makes the basis."""
@@ -229,25 +260,26 @@ class Collector:
             inside_TR = right_TN @ basis_NR
             gradient_MR = factors.left_t_matmul(inside_TR).to(self.coordinates.dtype)
             sketch_NR = self._sketch(factors, inside_TR) if self.basis.due else None
+            probes_NK = self.basis.probes_NK
+            probed_ML = None if probes_NK is None else probed(factors, gradient_MR, probes_NK)
             if not (self.window.sample_residual and self.basis.rank < self.basis.width):
-                return Absorbed(gradient_MR, sketch_NR, None, None, 0)
+                return Absorbed(gradient_MR, sketch_NR, probed_ML, None, None, 0)
             sample = sample_residual(factors, basis_NR, inside_TR, self.sample_count, self.window.generator)
-            return Absorbed(gradient_MR, sketch_NR, *sample, right_TN.shape[0])
+            return Absorbed(gradient_MR, sketch_NR, probed_ML, *sample, right_TN.shape[0])
 
     def join(self, a: "Absorbed", b: "Absorbed") -> "Absorbed":
         """The sum of two gradients, as if they had come at once (their samples are thinned to one's size)."""
-        sketch = b.sketch_NR if a.sketch_NR is None else a.sketch_NR if b.sketch_NR is None else a.sketch_NR + b.sketch_NR
+        sketch, probes = _sum(a.sketch_NR, b.sketch_NR), _sum(a.probed_ML, b.probed_ML)
         gradient_MR = a.gradient_MR + b.gradient_MR
         if a.sample is None or b.sample is None or a.diagonal is None or b.diagonal is None:
-            return Absorbed(gradient_MR, sketch, None, None, 0)
+            return Absorbed(gradient_MR, sketch, probes, None, None, 0)
         sample = merge_samples(a.sample, b.sample, self.sample_count, self.window.generator)
-        return Absorbed(gradient_MR, sketch, sample, a.diagonal + b.diagonal, a.num_tokens + b.num_tokens)
+        return Absorbed(gradient_MR, sketch, probes, sample, a.diagonal + b.diagonal, a.num_tokens + b.num_tokens)
 
     def take(self, absorbed: "Absorbed") -> Tensor:
         """Adds it to the window; returns the coordinates' gradient."""
-        if absorbed.sketch_NR is not None:
-            held = self.basis.sketch_NR
-            self.basis.sketch_NR = absorbed.sketch_NR if held is None else held + absorbed.sketch_NR
+        self.basis.sketch_NR = _sum(self.basis.sketch_NR, absorbed.sketch_NR)
+        self.probed_ML = _sum(self.probed_ML, absorbed.probed_ML)
         change = None
         if absorbed.sample is not None and absorbed.diagonal is not None:
             before = None if self.sample is None else self.residual_squared()[0]

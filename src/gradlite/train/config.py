@@ -30,7 +30,7 @@ EVALUATION = "Evaluation and saving"
 OUTPUT = "Output"
 GROUPS = (MODEL_AND_DATA, GRADLITE, TRAINING, EVALUATION, OUTPUT)
 
-HoldMode = Literal["exact", "int8", "int4", "recompute", "recompute-int8"]
+HoldMode = Literal["exact", "int8", "int4", "projected", "host", "recompute", "recompute-int8"]
 
 DEFAULT_MODEL = "smollm2"
 DEFAULT_DATASET = "python-help"
@@ -136,8 +136,8 @@ class TrainConfig(BaseModel):
     hold: HoldMode | dict[str, HoldMode] = _setting(
         "exact",
         GRADLITE,
-        "'exact', 'int8', 'int4', 'recompute', 'recompute-int8', or a mapping of module patterns to these",
-        "How tensors wait for backward: kept, as int8 codes, or computed again; {pattern: mode} by module.",
+        "'exact', 'int8', 'int4', 'projected', 'host', 'recompute', 'recompute-int8', or a mapping of module patterns to these",
+        "How tensors wait for backward: kept, as codes, in host memory, or computed again; {pattern: mode} by module.",
     )
     include: list[str] = _setting(
         [], GRADLITE, "a pattern or a list of patterns", "Project only layers whose name fits this pattern (repeatable)."
