@@ -1,0 +1,45 @@
+"""How much anonymous memory (heap, not files) this process has in use, and had at most. Linux only; elsewhere None.
+
+It holds what torch's allocator does not see: scratch space of matrix libraries, and memory that the heap did not give back.
+"""
+
+import ctypes
+import gc
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+
+
+def anonymous_bytes() -> int | None:
+    """Anonymous memory in use now, after what is free has been given back to the system where that is possible."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):  # no glibc
+        return None
+    status = _read_status()
+    return None if status is None else status["RssAnon"]
+
+
+def forget_peak() -> bool:
+    """Start a new measurement of :func:`anonymous_peak_bytes`; False where the system has none or does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def anonymous_peak_bytes() -> int | None:
+    """The peak since :func:`forget_peak`: the resident set's, less the file pages, which hardly change within a step."""
+    status = _read_status()
+    return None if status is None else status["VmHWM"] - status["RssFile"] - status["RssShmem"]
+
+
+def _read_status() -> dict[str, int] | None:
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    pairs = (line.split(":", 1) for line in lines if line.startswith(("Rss", "VmHWM")))
+    return {key: int(value.split()[0]) * 1024 for key, value in pairs}

@@ -1,0 +1,28 @@
+"""Anonymous memory of the process: grows with what is held, and the peak remembers it."""
+
+import sys
+
+import pytest
+import torch
+
+from gradlite.measure.process_memory import anonymous_bytes, anonymous_peak_bytes, forget_peak
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_since_it_was_forgotten() -> None:
+    num_bytes = 2**27
+    before = anonymous_bytes()
+    assert before is not None
+    torch.ones(num_bytes // 4).sum()
+    if not forget_peak():
+        pytest.skip("this system does not let a process reset its peak")
+    peak = anonymous_peak_bytes()
+    assert peak is not None
+    assert peak < before + num_bytes / 2  # what was freed before counts no longer
+    torch.ones(num_bytes // 4).sum()
+    peak = anonymous_peak_bytes()
+    after = anonymous_bytes()
+    assert peak is not None
+    assert after is not None
+    assert 0.9 * num_bytes < peak - before < 1.2 * num_bytes
+    assert after < before + num_bytes / 2
