@@ -157,6 +157,17 @@ class GradLite(SubspaceAdamW):
         super().load_state_dict(state_dict)
         self._attachment.operators.noise.reads = int(state_dict.get("hold", {}).get("noise_reads", 0))
 
+    def energy(self) -> dict[str, float]:
+        """The newest measured share (0 to 1) of each projected weight's gradient energy inside its basis, by the weight's name.
+
+        Estimated with random probes (:mod:`gradlite.subspace.energy`) in the window before a basis' refresh, so each weight's
+        share is at most ``refresh_interval`` steps old. Left out: weights not measured yet, and those whose basis never moves or
+        is of full rank.
+        """
+        names = (name for name, _ in self._attachment.projected)
+        shares = zip(names, self._shares_inside(), strict=True)
+        return {name: share for name, share in shares if share is not None}
+
     def step(self, closure: Any = None) -> Any:
         """One update; see :meth:`SubspaceAdamW.step`.
 

@@ -14,6 +14,7 @@ For every projected weight, in one step (docs/method.md, sections 3 to 5):
 This module knows tensors and collectors; models belong to :mod:`gradlite.attaching` and :mod:`gradlite.methods`.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Literal, overload
@@ -28,6 +29,7 @@ from gradlite.optim.moments import MomentsFormat, moments_for
 from gradlite.optim.rounding import NoiseTable, dense_update_, low_rank_update_
 from gradlite.subspace.basis import refreshed_basis
 from gradlite.subspace.collector import Basis, Collector, Coordinates, Window
+from gradlite.subspace.energy import outside_probes, share_inside
 from gradlite.subspace.feedback import ErrorMemory, FactoredMemory, FullMemory, Int4Memory
 from gradlite.subspace.transport import transport_moments
 
@@ -181,6 +183,9 @@ class SubspaceAdamW(Optimizer):
         ``idle`` weights share it too but had no gradient in this window: only their moments move with the basis.
         """
         assert basis.matrix_NR is not None
+        for collector, _ in members:
+            if collector.probed_ML is not None and collector.coordinates.grad is not None:
+                collector.share_inside = share_inside(collector.coordinates.grad, collector.probed_ML)
         steps = [_MemberStep(self, collector, group, clip) for collector, group in members]
         new_NR = self._refreshed(basis, steps, clip)
         scale = (basis.width / basis.rank) ** 0.5
@@ -217,13 +222,17 @@ class SubspaceAdamW(Optimizer):
         return refreshed_basis(sketch_NR, basis.matrix_NR)
 
     def _mark_due(self) -> None:
-        """Chooses, round-robin, the bases that the next window refreshes, and gives their collectors a probe."""
+        """Chooses, round-robin, the bases that the next window refreshes and measures, and gives their collectors a probe."""
         for index, basis in enumerate(self._window.bases()):
             basis.due = (
                 self._window.kind != "random"
                 and basis.rank < basis.width
                 and (self._global_step + index) % self._refresh_interval == 0
             )
+            basis.probes_NK = None
+            if basis.due and basis.matrix_NR is not None:
+                seed = self._window.generator.initial_seed() + (self._global_step << 20) + index
+                basis.probes_NK = outside_probes(basis.matrix_NR, seed)
         for collector in self._window.collectors:
             collector.probe_MR = None
             state = self.state.get(collector.coordinates)
@@ -246,6 +255,7 @@ class SubspaceAdamW(Optimizer):
             "basis_of": [index_of[id(collector.basis)] for collector in self._window.collectors],
             "bases": [None if basis.matrix_NR is None else basis.matrix_NR for basis in bases],
             "generator": self._window.generator.get_state(),
+            "shares_inside": self._shares_inside(),
             "global_step": self._global_step,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -268,11 +278,21 @@ class SubspaceAdamW(Optimizer):
             }
         self._restore_bases(saved)
         self._window.generator.set_state(saved["generator"].cpu())
+        for collector, share in zip(self._window.collectors, saved["shares_inside"], strict=True):
+            collector.share_inside = None if share is None else torch.tensor(share, dtype=torch.float64)
         self._global_step = saved["global_step"]
         self.skipped_steps = saved["skipped_steps"]
         self.skipped_in_a_row = saved["skipped_in_a_row"]
         self._window.clear()
         self._mark_due()
+
+    def _shares_inside(self) -> list[float | None]:
+        """Of every collector the newest share of its gradient's energy inside the basis, in one read from the device."""
+        newest = [collector.share_inside for collector in self._window.collectors]
+        known = [share.double() for share in newest if share is not None]
+        values = iter(torch.stack(known).tolist() if known else [])
+        shares = [None if share is None else next(values) for share in newest]
+        return [share if share is not None and math.isfinite(share) else None for share in shares]
 
     def _formats(self) -> dict[str, str]:
         return {"feedback": self._feedback, "feedback_memory": self._feedback_memory, "moments": self._moments}
@@ -325,9 +345,9 @@ class SubspaceAdamW(Optimizer):
                 for name, value in self.state.get(param, {}).items():
                     counted["error memory" if name.startswith("error") else "moments"] += value.nbytes
         for basis in self._window.bases():
-            counted["basis"] += sum(t.nbytes for t in (basis.matrix_NR, basis.sketch_NR) if t is not None)
+            counted["basis"] += _nbytes(basis.matrix_NR, basis.sketch_NR, basis.probes_NK)
         for collector in self._window.collectors:
-            counted["basis"] += 0 if collector.probe_MR is None else collector.probe_MR.nbytes
+            counted["basis"] += _nbytes(collector.probe_MR, collector.probed_ML)
             if collector.sample is not None:
                 counted["residual sample"] += sum(factor.nbytes for factor in collector.sample)
         return counted
@@ -365,6 +385,10 @@ _COPIED = (
     "skipped_steps", "skipped_in_a_row",
 )  # fmt: skip
 _CATEGORIES = ("weights", "gradients", "basis", "residual sample", "error memory", "moments")
+
+
+def _nbytes(*tensors: Tensor | None) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _tick(state: dict[str, Tensor]) -> int:
