@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gradlite.errors import GradLiteError
 
 if TYPE_CHECKING:
+    from gradlite import methods
     from gradlite.attaching import Coverage, attach, detach
     from gradlite.methods.gradlite import GradLite, optimizer_factory
 
@@ -19,16 +20,17 @@ _HOME = {
     "GradLite": "gradlite.methods.gradlite",
     "attach": "gradlite.attaching",
     "detach": "gradlite.attaching",
+    "methods": "gradlite",
     "optimizer_factory": "gradlite.methods.gradlite",
 }
 
-__all__ = ["Coverage", "GradLite", "GradLiteError", "attach", "detach", "optimizer_factory"]
+__all__ = ["Coverage", "GradLite", "GradLiteError", "attach", "detach", "methods", "optimizer_factory"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'gradlite' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return import_module("gradlite.methods") if name == "methods" else getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -1,0 +1,47 @@
+"""GradLite as a method: the optimizer that attaches to the model (:class:`gradlite.GradLite`)."""
+
+from typing import Any
+
+from torch import nn
+
+from gradlite.attaching import detach
+from gradlite.methods.gradlite import GradLite
+from gradlite.methods.method import Method
+
+
+def gradlite(model: nn.Module, lr: float, **options: Any) -> Method:
+    """``options`` are those of :class:`gradlite.GradLite`, which raises GradLiteError for unknown or bad ones."""
+    return AttachedMethod(model, GradLite(model, lr=lr, **options))
+
+
+class AttachedMethod(Method):
+    """GradLite skips and counts steps itself, and holds activations its own way, so it takes no checkpointing."""
+
+    optimizer: GradLite
+
+    def __init__(self, model: nn.Module, optimizer: GradLite) -> None:
+        super().__init__("gradlite", model, optimizer)
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self._count()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+        super().zero_grad()
+
+    def load_state_dict(self, state: Any) -> None:
+        super().load_state_dict(state)
+        self._count()
+
+    def finish(self) -> nn.Module:
+        return detach(super().finish())
+
+    def state_bytes(self) -> dict[str, int]:
+        counted = self.optimizer.state_bytes()
+        gradients = counted.pop("gradients")
+        del counted["weights"]
+        return {"optimizer": sum(counted.values()), "gradients": gradients}
+
+    def _count(self) -> None:
+        self.skipped_steps, self.skipped_in_a_row = self.optimizer.skipped_steps, self.optimizer.skipped_in_a_row
