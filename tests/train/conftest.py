@@ -33,7 +33,7 @@ class Outcome:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl without those parts that are measurements of time and memory."""
-        measured = {"tokens_per_second", "peak_memory_bytes"}
+        measured = {"tokens_per_second", "peak_memory_bytes", "seconds"}
         lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
         return [{key: value for key, value in line.items() if key not in measured} for line in lines]
 

@@ -161,8 +161,8 @@ class GradLite(SubspaceAdamW):
         """The newest measured share (0 to 1) of each projected weight's gradient energy inside its basis, by the weight's name.
 
         Estimated with random probes (:mod:`gradlite.subspace.energy`) in the window before a basis' refresh, so each weight's
-        share is at most ``refresh_interval`` steps old. Left out: weights not measured yet, and those whose basis never moves or
-        is of full rank.
+        share is at most ``refresh_interval`` steps old. Left out: weights not measured yet, and those whose basis never
+        moves or is of full rank.
         """
         names = (name for name, _ in self._attachment.projected)
         shares = zip(names, self._shares_inside(), strict=True)

@@ -32,6 +32,9 @@ from gradlite.train.progress import Progress
 from gradlite.train.quiet import quiet_libraries
 from gradlite.train.trainer import GradLiteTrainer, build_trainer, num_steps, weights_are_finite
 
+ENERGY_EVERY = 10
+"""Steps between two lines of the gradients' energy inside the bases in metrics.jsonl; a line has a share for each weight."""
+
 
 def run(config: TrainConfig, console: Console | None = None) -> Path:
     """Fine-tune a model as `config` says and return the run's directory.
@@ -89,7 +92,7 @@ class _Run:
         before = self._before(trainer, tokenizer, data, checkpoint)
         self.directory.begin(self.config, before, checkpoint)
         if checkpoint is None:
-            self.directory.append_metrics({"step": 0, "eval_loss": before["loss_before"]})
+            self.directory.append_metrics({"step": 0, "eval_loss": before["loss_before"], "seconds": 0.0})
         else:
             self.console.print(Text(f"going on from {checkpoint}"))
         seconds = self._train(trainer, checkpoint, steps)
@@ -133,6 +136,8 @@ class _Run:
     def _train(self, trainer: GradLiteTrainer, checkpoint: Path | None, steps: int) -> float:
         """Train to the last step and return the seconds it took."""
         started = time.perf_counter()
+        earlier = max((line.get("seconds", 0.0) for line in self.directory.read_metrics()), default=0.0)
+        self.clock_zero = started - earlier
         if checkpoint is not None and checkpoint_step(checkpoint) >= steps:  # stopped after its last step: only results are due
             trainer._load_from_checkpoint(str(checkpoint))
             state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -195,6 +200,10 @@ class _Run:
         show_result(self.console, result, self.directory.path)
         return self.directory.path
 
+    def _clock(self) -> float:
+        """Seconds of training so far, evaluations in between and the parts before a resume included."""
+        return round(time.perf_counter() - self.clock_zero, 3)
+
     def _record_step(self, report: StepReport) -> None:
         self.directory.append_metrics(
             {
@@ -206,12 +215,18 @@ class _Run:
                 "skipped_steps": report.skipped_steps,
                 "tokens_per_second": round(report.tokens_per_second, 1),
                 "peak_memory_bytes": report.peak_memory_bytes,
+                "seconds": self._clock(),
             }
         )
+        if report.step % ENERGY_EVERY == 0 or report.step == report.num_steps:
+            energy = self.optimizer.energy() if isinstance(self.optimizer, gradlite.GradLite) else {}
+            if energy:
+                rounded = {name: round(share, 4) for name, share in energy.items()}
+                self.directory.append_metrics({"step": report.step, "energy": rounded})
         self.progress.show(report)
 
     def _record_evaluation(self, step: int, loss: float) -> None:
-        self.directory.append_metrics({"step": step, "eval_loss": loss})
+        self.directory.append_metrics({"step": step, "eval_loss": loss, "seconds": self._clock()})
         self.progress.show_evaluation(step, loss)
 
 
