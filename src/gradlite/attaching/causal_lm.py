@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradlite.attaching.names import COORDINATES
+from gradlite.ops.frozen_head import frozen_head_cross_entropy
 from gradlite.ops.loss import LossKind, tiled_cross_entropy
 
 MODEL_TYPES = frozenset(
@@ -87,13 +88,13 @@ def causal_lm_loss(
     place_T = counts_T.nonzero().squeeze(1)
     if len(place_T) < len(labels_T):
         h_TN, labels_T = h_TN.index_select(0, place_T), labels_T[place_T]
-    total = tiled_cross_entropy(
-        h_TN,
-        head.weight,
-        head.bias,
-        labels_T,
-        coordinates_VR=head._parameters.get(COORDINATES),
-        measure=collector,
-        kind=LossKind(getattr(model.config, "final_logit_softcapping", None) or 0.0, label_smoothing),
-    )
+    coordinates = head._parameters.get(COORDINATES)
+    kind = LossKind(getattr(model.config, "final_logit_softcapping", None) or 0.0, label_smoothing)
+    is_trained = coordinates is not None or any(parameter.requires_grad for parameter in head.parameters())
+    if h_TN.requires_grad and torch.is_grad_enabled() and not is_trained:
+        total = frozen_head_cross_entropy(h_TN, head.weight, head.bias, labels_T, kind)
+    else:
+        total = tiled_cross_entropy(
+            h_TN, head.weight, head.bias, labels_T, coordinates_VR=coordinates, measure=collector, kind=kind
+        )
     return total / (count if num_items_in_batch is None else num_items_in_batch)

@@ -4,8 +4,7 @@ Equal to ``torch.nn.functional.linear(x, W, b)`` in the forward pass and in ``�
 never travel to earlier layers). Instead of ``∂L/∂W`` (M×N) it hands the gradient's factors to ``absorb``, which returns the
 gradient of the coordinates ``C`` (M×R). Source: docs/method.md, section 1.
 
-Two autograd nodes make one layer. The first saves what waits, the second multiplies: a replay of a block (checkpointing)
-stops as soon as everything is saved, and so never pays for the last layer's product.
+Two autograd nodes make one layer: see :mod:`gradlite.ops.keep`.
 """
 
 from collections.abc import Callable
@@ -18,8 +17,8 @@ from torch.nn import functional as F
 
 from gradlite.hold.codec import Codec
 from gradlite.hold.holder import Holder
-from gradlite.hold.ticket import Ticket
 from gradlite.ops.factors import DenseFactors, GradientFactors
+from gradlite.ops.keep import Keep, Kept
 
 Absorb = Callable[[GradientFactors], Tensor]
 """Takes one gradient as factors, returns the coordinates' gradient (M×R) in the coordinates' dtype."""
@@ -43,31 +42,10 @@ def linear_bytes(codec: Codec, num_tokens: int, width: int, itemsize: int) -> in
     return codec.nbytes(num_tokens, width, itemsize)
 
 
-class _Kept:
-    """Leads from the second node to what the first one saved. ``projector``: if the input's coordinates wait for the input."""
+class _Kept(Kept):
+    """``projector``: if the input's coordinates wait for the input."""
 
-    def __init__(self, needs_x: bool) -> None:
-        self.needs_x = needs_x
-        self.ticket: Ticket | None = None
-        self.projector: Projector | None = None
-        self.node: Any = None
-
-
-class _Keep(torch.autograd.Function):
-    """Passes ``x`` on; keeps ``W`` by reference and the leaves of ``x`` (those of other operators cost nothing)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, coordinates_MR: Tensor, weight_MN: Tensor, kept: _Kept, *leaves: Tensor) -> Tensor:
-        ctx.save_for_backward(weight_MN, *leaves)
-        ctx.set_materialize_grads(False)  # no gradient comes for an input that needs none
-        ctx.num_leaves = len(leaves)
-        kept.node = ctx
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return grad, None, None, None, *(None for _ in range(ctx.num_leaves))
+    projector: Projector | None = None
 
 
 class _Multiply(torch.autograd.Function):
@@ -84,12 +62,12 @@ class _Multiply(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, Tensor | None, None, None]:
         _, _, needs_bias, needs_coordinates, _, _ = ctx.needs_input_grad
-        needs_x = ctx.kept.needs_x  # the first node's result always asks for a gradient
+        needs_x = ctx.kept.needs_x
         grad_TM = grad.reshape(-1, grad.shape[-1])
         grad_bias = grad_TM.sum(0) if needs_bias else None
         if not (needs_x or needs_coordinates):
             return None, None, grad_bias, None, None, None
-        weight_MN, *leaves = ctx.kept.node.saved_tensors
+        weight_MN, *leaves = ctx.kept.saved()
         grad_coordinates = None
         if needs_coordinates and ctx.kept.projector is not None:
             grad_coordinates = ctx.kept.projector.absorb_projected(grad_TM, *leaves)
@@ -145,6 +123,6 @@ def subspace_linear(
         else:
             held = holder.hold(own, x.dtype)
             kept.ticket, leaves = held.ticket, held.leaves
-    x = _Keep.apply(x, coordinates_MR, own_weight_MN, kept, *leaves)
+    x = Keep.apply(x, coordinates_MR, kept, own_weight_MN, *leaves)
     output: Tensor = _Multiply.apply(x, weight_MN, bias_M, coordinates_MR, absorb, kept)
     return output

@@ -151,6 +151,15 @@ class _TiledLoss(torch.autograd.Function):
         return grad_h_TN, grad_weight, grad_bias, grad_coordinates, None, None, None
 
 
+def check_labels(labels_T: Tensor, vocabulary: int) -> None:
+    """Raises GradLiteError for a label outside the vocabulary (on a CPU; elsewhere looking would stall the device)."""
+    if labels_T.device.type == "cpu" and len(labels_T) and not 0 <= int(labels_T.min()) <= int(labels_T.max()) < vocabulary:
+        raise GradLiteError(
+            f"labels must lie in [0, {vocabulary}), the vocabulary, but reach from {int(labels_T.min())} to "
+            f"{int(labels_T.max())}; mark tokens that do not count with the ignore index (-100)."
+        )
+
+
 def tiled_cross_entropy(
     h_TN: Tensor,
     weight_VN: Tensor,
@@ -173,11 +182,7 @@ def tiled_cross_entropy(
     Raises:
         GradLiteError: a label outside the vocabulary (on a CPU; elsewhere looking would stall the device).
     """
-    if labels_T.device.type == "cpu" and len(labels_T) and not 0 <= int(labels_T.min()) <= int(labels_T.max()) < len(weight_VN):
-        raise GradLiteError(
-            f"labels must lie in [0, {len(weight_VN)}), the vocabulary, but reach from {int(labels_T.min())} to "
-            f"{int(labels_T.max())}; mark tokens that do not count with the ignore index (-100)."
-        )
+    check_labels(labels_T, len(weight_VN))
     if torch.is_autocast_enabled(h_TN.device.type) and h_TN.dtype != torch.float64:
         h_TN = h_TN.to(torch.get_autocast_dtype(h_TN.device.type))
     arguments: tuple[Tensor | None, ...] = (h_TN, weight_VN, bias_V, coordinates_VR)
