@@ -1,5 +1,6 @@
 """What metrics.jsonl says of time and of the gradients' energy inside the bases."""
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -29,4 +30,4 @@ def test_seconds_go_on_after_a_resume(train: Callable[..., Any]) -> None:
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     seconds = [line["seconds"] for line in lines if "loss" in line]
     assert len(seconds) == 9
-    assert all(earlier < later for earlier, later in zip(seconds, seconds[1:], strict=False))
+    assert all(earlier < later for earlier, later in itertools.pairwise(seconds))
