@@ -185,11 +185,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: boo
 
 
 _LONGEST_BLOCKED = 512
-"""Keys. SmolLM2's heads, two threads, milliseconds forward and backward, flash and blocked: 8×256: 59, 32; 2×1024: 71, 98."""
+"""Keys from which flash kernels are as fast as ours. SmolLM2's heads, two threads, milliseconds of forward + backward, flash and
+blocked: 4×512: 21 + 52, 15 + 34; 2×1024: 26 + 49, 24 + 51; 1×2048: 44 + 88, 51 + 108. From codes flash kernels need their
+forward pass twice.
+"""
 
 
-def _blocks_pay(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16) or k.shape[2] > _LONGEST_BLOCKED:
+def _blocks_pay(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_lossy: bool) -> bool:
+    if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if not is_lossy and k.shape[2] > _LONGEST_BLOCKED:
         return False
     has_plain_mask = mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1)
     return has_plain_mask and q.shape[-1] == v.shape[-1]
@@ -227,7 +232,7 @@ def attention(
     if not torch.is_grad_enabled():
         return _attend(q_BHSD, k_BGUD, v_BGUD, mask, is_causal, scale)
     function: type[torch.autograd.Function] = _Replayed
-    if _blocks_pay(q_BHSD, k_BGUD, v_BGUD, mask):
+    if _blocks_pay(q_BHSD, k_BGUD, v_BGUD, mask, holder.codec.is_lossy):
         function = _Blocked
     elif not holder.codec.is_lossy and _flash_takes(q_BHSD, k_BGUD, v_BGUD, mask):
         function = _Flash

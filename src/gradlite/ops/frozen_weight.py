@@ -8,10 +8,11 @@ that a product never sees more than a tile of it decoded. In 3-billion-parameter
 weigh more than everything else that a block needs.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from gradlite.errors import GradLiteError
@@ -109,3 +110,28 @@ class FourBitWeight:
         for tile in self._tiles:
             grad_x_TN += grad_TM[:, tile] @ self.rows(tile, grad_TM.dtype)
         return grad_x_TN.to(grad_TM.dtype)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """Keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias_M: Tensor | None, weight: FrozenWeight) -> Tensor:
+        ctx.weight = weight
+        return weight.times(x.reshape(-1, x.shape[-1]), bias_M).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs_x, needs_bias, _ = ctx.needs_input_grad
+        grad_TM = grad.reshape(-1, grad.shape[-1])
+        grad_x = ctx.weight.transposed_times(grad_TM).view(*grad.shape[:-1], -1) if needs_x else None
+        return grad_x, grad_TM.sum(0) if needs_bias else None, None
+
+
+def frozen_linear(x: Tensor, weight: FrozenWeight, bias_M: Tensor | None) -> Tensor:
+    """``x Wᵀ + b`` for ``x`` of any shape (N last), in its dtype (autocast's where that is on)."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    y: Tensor = _FrozenLinear.apply(x, None if bias_M is None else bias_M.to(x.dtype), weight)
+    return y

@@ -25,6 +25,7 @@ from gradlite.ops.frozen_weight import DenseWeight, FrozenWeight
 from gradlite.ops.keep import Keep, Kept
 from gradlite.ops.linear import linear_bytes
 from gradlite.ops.precision import wide
+from gradlite.ops.random_state import random_state, random_state_bytes, restored
 
 _NORM_ELEMENTS = 1 << 19
 
@@ -39,26 +40,12 @@ class LoraKind:
 
 
 def lora_bytes(
-    codec: Codec, num_tokens: int, width: int, itemsize: int, rank: int, kind: LoraKind, is_cuda: bool = False
+    codec: Codec, num_tokens: int, width: int, itemsize: int, rank: int, kind: LoraKind, device_type: str = "cpu"
 ) -> int:
     """Bytes that the operator holds where no operator before it holds its input already (then: less :func:`linear_bytes`)."""
     h_bytes = num_tokens * rank * itemsize if kind.keeps_h else 0
-    state_bytes = (16 if is_cuda else 5056) if kind.dropout else 0
+    state_bytes = random_state_bytes(device_type) if kind.dropout else 0
     return linear_bytes(codec, num_tokens, width, itemsize) + h_bytes + state_bytes
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _factors_again(x_TN: Tensor, probability: float, state: Tensor) -> Tensor:
-    """What dropout multiplied ``x`` by."""
-    with torch.random.fork_rng([x_TN.device] if x_TN.is_cuda else []):
-        if x_TN.is_cuda:
-            torch.cuda.set_rng_state(state, x_TN.device)
-        else:
-            torch.set_rng_state(state)
-        return F.dropout(torch.ones_like(x_TN), probability)
 
 
 def _value(
@@ -122,7 +109,10 @@ class _Lora(torch.autograd.Function):
         grad_bias = grad_TM.sum(0) if needs_bias else None
         x_TN = ctx.kept.ticket.get(rest).view(-1, a_RN.shape[1]).to(grad.dtype)
         del rest
-        factors_TN = None if state is None else _factors_again(x_TN.to(a_RN.dtype), kind.dropout, state)
+        factors_TN = None
+        if state is not None:
+            with restored(state, x_TN.device):  # what dropout multiplied x by
+                factors_TN = F.dropout(torch.ones_like(x_TN, dtype=a_RN.dtype), kind.dropout)
         dropped_TN = x_TN.to(a_RN.dtype) if factors_TN is None else x_TN.to(a_RN.dtype) * factors_TN
         if h_TR is None:
             h_TR = dropped_TN @ a_RN.T
@@ -192,7 +182,7 @@ def lora_linear(
     kept = Kept(own.requires_grad)
     held = holder.hold(own, x.dtype)
     kept.ticket = held.ticket
-    state = _random_state(x.device) if kind.dropout else None
+    state = random_state(x.device) if kind.dropout else None
     h_TR = None
     if kind.keeps_h:
         with torch.no_grad():
