@@ -25,6 +25,17 @@ _HOME = {
     "adamw-checkpointed": "adamw",
     "adamw8bit": "quantised_adamw",
     "adamw4bit": "quantised_adamw",
+    "lomo": "lomo",
+    "adalomo": "lomo",
+    "galore": "galore",
+    "fira": "fira",
+    "apollo": "apollo",
+    "ldadam": "ldadam",
+    "badam": "badam",
+    "foam": "foam",
+    "lora": "adapters",
+    "dora": "adapters",
+    "ia3": "adapters",
     "gradlite": "attached",
 }
 

@@ -13,7 +13,7 @@ else overrides just that. The model must be in training mode: transformers check
 
 import math
 from abc import ABC
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -57,6 +57,8 @@ class Method(ABC):  # noqa: B024 - nothing is abstract: the base does the plain 
         GradLiteError: ``checkpointing`` with a model that has none.
     """
 
+    clipping_instead = ""  # what a user who wants clipping can do where claims.clipping is False, as the end of a sentence
+
     def __init__(
         self, name: str, model: nn.Module, optimizer: Optimizer, claims: Claims = PLAIN, *, checkpointing: bool = False
     ) -> None:
@@ -85,8 +87,8 @@ class Method(ABC):  # noqa: B024 - nothing is abstract: the base does the plain 
         if not self.claims.clipping:
             if max_norm > 0:
                 raise GradLiteError(
-                    f"method {self.name!r} cannot clip the gradient, which is gone after backward(); "
-                    f"train without clipping{self._clipping_instead()}."
+                    f"method {self.name!r} cannot clip the gradient, which is gone after backward(): "
+                    f"train with max_norm 0{self.clipping_instead}."
                 )
             return math.nan
         bound = max_norm if max_norm > 0 else math.inf
@@ -135,10 +137,6 @@ class Method(ABC):  # noqa: B024 - nothing is abstract: the base does the plain 
     def _state(self) -> Any:
         """All that the method keeps from step to step, in any nesting."""
         return self.optimizer.state
-
-    def _clipping_instead(self) -> str:
-        """What a user who wants clipping can do, as the end of a sentence."""
-        return ""
 
     def _all_finite(self) -> bool:
         norm = self._total_norm
@@ -217,6 +215,25 @@ def param_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict
     vectors = [parameter for parameter in parameters if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def linear_weights(model: nn.Module, target_modules: Sequence[str]) -> list[Tensor]:
+    """Trainable weights of the linear layers whose name contains one of ``target_modules``.
+
+    So GaLore's authors choose what is projected (``["attn", "mlp"]``), and Fira's, APOLLO's, LDAdam's and FOAM's after them.
+    Raises GradLiteError where no layer fits.
+    """
+    found = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.weight.requires_grad and any(target in name for target in target_modules)
+    ]
+    if not found:
+        raise GradLiteError(
+            f"{type(model).__name__} has no trainable linear layer with {' or '.join(map(repr, target_modules))} in its name; "
+            "name its layers with target_modules."
+        )
+    return found
 
 
 def live_bytes(state: Any) -> int:
