@@ -6,12 +6,14 @@ from typing import Annotated
 
 import typer
 
+from gradlite.cli.compare import compare
 from gradlite.cli.flags import KEEP_UNKNOWN
 from gradlite.cli.train import train
 from gradlite.errors import GradLiteError
 
 app = typer.Typer(invoke_without_command=True, add_completion=False, pretty_exceptions_enable=False)
 app.command(context_settings=KEEP_UNKNOWN)(train)
+app.command()(compare)
 
 
 def _print_version(wanted: bool) -> None:

@@ -90,12 +90,16 @@ class Energy(_Part):
 
 
 class Record(_Part):
-    """One run of one method. ``reason``: why it has no figures, where ``status`` is not "ok"."""
+    """One run of one method. ``reason``: why it has no figures, where ``status`` is not "ok".
+
+    ``label``: what the experiment calls this method with these options; rows of tables are named so.
+    """
 
     record_version: Literal[1] = 1
     experiment: str
     run: str
     method: str
+    label: str | None = None
     options: dict[str, Any] = {}
     model: str
     dataset: str
@@ -121,6 +125,11 @@ class Record(_Part):
     machine: dict[str, Any] = {}
     command: str | None = None
     date: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What a table calls this run's method."""
+        return self.label or self.method
 
     @property
     def final_held_out_loss(self) -> float | None:

@@ -1,0 +1,157 @@
+"""An experiment: which methods do which work. One default file, small files that override it, flags that override both.
+
+Importing this module is light: no torch, no transformers.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gradlite.errors import GradLiteError
+from gradlite.train.yaml_file import read_mapping
+
+_FOLDER = Path(str(files("gradlite.compare") / "experiments"))
+
+PRESETS: Mapping[str, Mapping[int, str]] = {
+    "paper-small": {1: "paper-small-memory", 2: "paper-small-quality", 3: "paper-small-ablation"},
+}
+"""The experiments of each preset, by the number of the table that they make."""
+
+Kind = Literal["memory", "quality", "ablation"]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class MethodEntry(_Part):
+    """One row of a table: a method, its options, and what the table calls them.
+
+    ``learning_rates``: this row's sweep, where it is not its method's.
+    """
+
+    label: str = Field(min_length=1)
+    method: str = Field(min_length=1)
+    options: dict[str, Any] = {}
+    learning_rates: list[Rate] | None = Field(None, min_length=1)
+
+    @property
+    def slug(self) -> str:
+        """The label as a part of a file's name."""
+        words = self.label.lower().replace("³", "3").replace("+", " plus ").replace("/", " over ")
+        return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
+
+
+class Experiment(_Part):
+    """Methods and the work that each of them does. docs: the comments in experiments/default.yaml."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    kind: Kind = "quality"
+    title: str = ""
+    model: str = Field(min_length=1)
+    dataset: str = Field(min_length=1)
+    held_out_from_last: int = Field(ge=0)
+    held_out_rows: int = Field(ge=0)
+    full_rows: bool
+    dtype: Literal["bfloat16", "float32"]
+    batch_size: int = Field(ge=1)
+    seq_len: int = Field(ge=2)
+    steps: int = Field(ge=1)
+    schedule: Literal["cosine", "linear", "constant"]
+    warmup: float = Field(ge=0, lt=1)
+    max_grad_norm: float = Field(ge=0)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(min_length=1)
+    baselines: list[str]
+    methods: list[MethodEntry] = Field(min_length=1)
+    learning_rates: list[Rate] | None = Field(None, min_length=1)
+    rates: dict[str, list[Rate]]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.held_out_rows > self.held_out_from_last:
+            raise ValueError(f"held_out_rows is {self.held_out_rows}, more than held_out_from_last ({self.held_out_from_last})")
+        slugs = [entry.slug for entry in self.methods]
+        twice = next((entry.label for entry, slug in zip(self.methods, slugs, strict=True) if slugs.count(slug) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two methods have the label {twice!r}, or ones that differ in signs only")
+        for entry in self.methods:
+            if len(self.rates_of(entry)) > 1 and not self.held_out_rows:
+                raise ValueError("several learning rates need held_out_rows, to choose between them")
+        return self
+
+    def rates_of(self, entry: MethodEntry) -> list[float]:
+        """The learning rates that the first seed runs."""
+        found = self.learning_rates or entry.learning_rates or self.rates.get(entry.method)
+        if not found:
+            raise ValueError(f"there are no learning rates for method {entry.method!r}; give learning_rates")
+        return found
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps until the rate is at its peak."""
+        return round(self.warmup * self.steps)
+
+    def restricted_to(self, methods: Sequence[str], add_missing: Sequence[str] = ()) -> "Experiment | None":
+        """The rows whose method or label is among ``methods``, and plain rows for ``add_missing``; None if none is left."""
+        kept = [entry for entry in self.methods if entry.method in methods or entry.label in methods]
+        added = [MethodEntry(label=name, method=name) for name in add_missing if self.kind != "ablation"]
+        return self.model_copy(update={"methods": [*kept, *added]}) if kept or added else None
+
+
+def load_experiment(source: str | Path, overrides: Mapping[str, Any] | None = None) -> Experiment:
+    """The default file, overridden by ``source`` (the name of a shipped experiment, or a YAML file), overridden by flags.
+
+    Raises GradLiteError, in one sentence, for a file that cannot be read and for a key that is unknown or wrong.
+    """
+    path = source if isinstance(source, Path) else _FOLDER / f"{source}.yaml"
+    own = read_mapping(path)
+    known = list(Experiment.model_fields)
+    for key in own:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+            raise GradLiteError(f"unknown key {key!r} in {path}; {hint}")
+    default = read_mapping(_FOLDER / "default.yaml")
+    settings = {**default, "name": path.stem, **own, **(overrides or {})}
+    settings["rates"] = {**default["rates"], **(own.get("rates") or {})}
+    try:
+        return Experiment.model_validate(settings)
+    except ValidationError as error:
+        problem = error.errors()[0]
+    place = ".".join(map(str, problem["loc"]))
+    reason = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else problem["msg"]
+    raise GradLiteError(f"{path.name}: {place + ': ' if place else ''}{reason}.")
+
+
+def choose_experiments(
+    preset: str, tables: Sequence[int] | None, methods: Sequence[str] | None, overrides: Mapping[str, Any]
+) -> list[Experiment]:
+    """The experiments of a preset, in the order of their tables, with only the rows of ``methods``.
+
+    A method that no chosen table has is added, with its default options, to every table but the ablation.
+    """
+    if preset not in PRESETS:
+        raise GradLiteError(f"there is no preset {preset!r}; known are {', '.join(PRESETS)} and theorem.")
+    names = PRESETS[preset]
+    unknown = sorted(set(tables or ()) - set(names))
+    if unknown:
+        raise GradLiteError(f"preset {preset!r} has no table {unknown[0]}; it has {', '.join(map(str, names))}.")
+    chosen = [load_experiment(names[table], overrides) for table in sorted(set(tables or names))]
+    return chosen if methods is None else restrict(chosen, methods)
+
+
+def restrict(experiments: Sequence[Experiment], methods: Sequence[str]) -> list[Experiment]:
+    """Only the rows of ``methods``, and plain rows for those that no experiment has. Raises GradLiteError if none is left."""
+    present = {word for one in experiments for entry in one.methods for word in (entry.method, entry.label)}
+    missing = [name for name in methods if name not in present]
+    kept = [experiment.restricted_to(methods, missing) for experiment in experiments]
+    found = [experiment for experiment in kept if experiment is not None]
+    if not found:
+        raise GradLiteError(f"no chosen table has any of the methods {', '.join(methods)}.")
+    return found

@@ -1,0 +1,114 @@
+"""What is to be run: one specification a run, and the learning rate that the other seeds get."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from gradlite.compare.experiment import Experiment, MethodEntry
+from gradlite.compare.record import Record, Status
+
+STEP = "step "
+"""What a worker's line about a step begins with on its standard output, before a JSON object; libraries write other lines."""
+
+BAD_INPUT = 2
+"""A worker's exit code where model or data cannot be had, so that no run can be done; its last line says why."""
+
+
+class RunSpec(BaseModel):
+    """All that a worker needs to know of its run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    experiment: str
+    run: str
+    label: str
+    method: str
+    options: dict[str, Any]
+    model: str
+    dataset: str
+    held_out_from_last: int
+    held_out_rows: int
+    full_rows: bool
+    dtype: str
+    batch_size: int
+    seq_len: int
+    steps: int
+    schedule: str
+    warmup_steps: int
+    max_grad_norm: float
+    lr: float
+    seed: int
+
+    def record(self, status: Status, reason: str | None = None, **measured: Any) -> Record:
+        """This run's record. Paths of this machine do not go into it: files and directories are named by their last part."""
+        own = self.model_dump(exclude={"held_out_from_last", "held_out_rows", "full_rows", "max_grad_norm", "options"})
+        own["options"] = {**self.options, "max_grad_norm": self.max_grad_norm}
+        own |= {"model": public_name(self.model), "dataset": public_name(self.dataset)}
+        if reason is not None:
+            reason = reason.replace(self.model, own["model"]).replace(self.dataset, own["dataset"])
+        return Record.model_validate({**own, "status": status, "reason": reason, **measured})
+
+    def differs_from(self, record: Record) -> str | None:
+        """The first key in which a record of the same name belongs to other work, or None."""
+        mine = self.record("ok")
+        keys = ("method", "label", "model", "dataset", "dtype", "lr", "seed", "batch_size", "seq_len", "steps", "schedule")
+        wrong = [key for key in (*keys, "warmup_steps") if getattr(mine, key) != getattr(record, key)]
+        own_options = {key: value for key, value in record.options.items() if key != "max_grad_norm"}
+        return next(iter(wrong), "options" if own_options != self.options else None)
+
+
+def public_name(source: str) -> str:
+    """The last part of a path that exists here; hub ids and names of what is embedded as they are."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() or path.is_absolute() else source
+
+
+def spec_of(experiment: Experiment, entry: MethodEntry, lr: float, seed: int) -> RunSpec:
+    """One run of one row."""
+    shared = {"title", "kind", "name", "warmup", "seeds", "baselines", "methods", "learning_rates", "rates"}
+    return RunSpec(
+        **experiment.model_dump(exclude=shared),
+        experiment=experiment.name,
+        run=f"{experiment.name}-{entry.slug}-lr{lr:g}-seed{seed}",
+        label=entry.label,
+        method=entry.method,
+        options=entry.options,
+        warmup_steps=experiment.warmup_steps,
+        lr=lr,
+        seed=seed,
+    )
+
+
+def sweep(experiment: Experiment) -> list[RunSpec]:
+    """The first seed of every row at each of its learning rates."""
+    return [
+        spec_of(experiment, entry, lr, experiment.seeds[0]) for entry in experiment.methods for lr in experiment.rates_of(entry)
+    ]
+
+
+def further_seeds(experiment: Experiment, records: Sequence[Record]) -> list[RunSpec]:
+    """The other seeds of every row at its best learning rate, seed by seed; nothing for rows whose sweep had no success."""
+    best = {entry.label: best_rate(_sweep_of(experiment, entry, records)) for entry in experiment.methods}
+    found = ((seed, entry, best[entry.label]) for seed in experiment.seeds[1:] for entry in experiment.methods)
+    return [spec_of(experiment, entry, lr, seed) for seed, entry, lr in found if lr is not None]
+
+
+def num_runs(experiment: Experiment) -> int:
+    """How many runs there are if every row's sweep succeeds."""
+    return len(sweep(experiment)) + len(experiment.methods) * (len(experiment.seeds) - 1)
+
+
+def best_rate(records: Iterable[Record]) -> float | None:
+    """The rate of the lowest final held-out loss; of a sweep of one rate that rate; None where no run succeeded."""
+    done = [record for record in records if record.status == "ok"]
+    if len({record.lr for record in done}) == 1:
+        return done[0].lr
+    judged = [(record.final_held_out_loss, record.lr) for record in done if record.final_held_out_loss is not None]
+    return min(judged)[1] if judged else None
+
+
+def _sweep_of(experiment: Experiment, entry: MethodEntry, records: Sequence[Record]) -> list[Record]:
+    own = {spec_of(experiment, entry, lr, experiment.seeds[0]).run for lr in experiment.rates_of(entry)}
+    return [record for record in records if record.run in own]

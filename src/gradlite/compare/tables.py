@@ -1,0 +1,206 @@
+"""From records to tables, and from tables to Markdown, CSV and the terminal. Pure, and light.
+
+A row is a method with its options (the records' ``label``); rows stand in the order of their first records. A method without a
+single good run keeps its row, with the reason. Ratios are against the row named as baseline in the same records.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+
+from rich.table import Table as RichTable
+
+from gradlite.compare.record import ByCategory, Record
+from gradlite.compare.runs import best_rate
+
+NONE = "–"
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text cells under text headings; units stand in the headings."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+def memory_table(records: Sequence[Record], title: str, baselines: Sequence[str] = ()) -> Table:
+    """Peak memory above the weights and throughput: the median of the runs, and the lowest and highest run."""
+    rows = by_name(records)
+    peaks = {name: [run.memory.peak_above_weights_bytes / _GB for run in runs if run.memory] for name, runs in rows.items()}
+    speeds = {name: [run.tokens_per_second.median for run in runs if run.tokens_per_second] for name, runs in rows.items()}
+    known = [name for name in baselines if name in rows]
+    table = []
+    for name, runs in rows.items():
+        process = [
+            run.memory.process_peak_above_weights_bytes / _GB
+            for run in runs
+            if run.memory and run.memory.process_peak_above_weights_bytes is not None
+        ]
+        samples = [run.samples_per_second.median for run in runs if run.samples_per_second]
+        table.append(
+            (
+                name,
+                _middle(peaks[name], ".3f"),
+                *(_ratio(peaks[name], peaks[other]) for other in known),
+                _middle(process, ".3f"),
+                _middle(speeds[name], ".1f"),
+                _range(speeds[name], ".1f"),
+                *(_ratio(speeds[name], speeds[other]) for other in known),
+                _middle(samples, ".3f"),
+                str(sum(run.status == "ok" for run in runs)),
+                _remark(runs),
+            )
+        )
+    columns = (
+        "Method",
+        "Peak above weights (GB)",
+        *(f"Peak / {other}" for other in known),
+        "Process peak above weights (GB)",
+        "Tokens/s (median)",
+        "Tokens/s (runs' range)",
+        *(f"Tokens/s / {other}" for other in known),
+        "Samples/s",
+        "Runs",
+        "Remark",
+    )
+    return Table(title, columns, tuple(table), _work_notes(records))
+
+
+def category_table(records: Sequence[Record], title: str) -> Table:
+    """What lived at the moment of the peak, by what it was for: the median of the runs of each row."""
+    categories = list(ByCategory.model_fields)
+    table = []
+    for name, runs in by_name(records).items():
+        found = [run.memory.by_category_bytes for run in runs if run.memory and run.memory.by_category_bytes]
+        cells = [_middle([getattr(one, category) / _GB for one in found], ".3f") for category in categories]
+        table.append((name, *cells))
+    columns = ("Method", *(f"{category.replace('_', ' ').capitalize()} (GB)" for category in categories))
+    return Table(title, columns, tuple(table))
+
+
+def quality_table(records: Sequence[Record], title: str, baselines: Sequence[str] = ()) -> Table:
+    """Held-out loss: every rate of the sweep on its seed, and at the best rate the mean over the seeds, lowest and highest."""
+    rows = by_name(records)
+    finals = {name: _losses(at_best_rate(runs)) for name, runs in rows.items()}
+    known = [name for name in baselines if name in rows]
+    table = []
+    for name, runs in rows.items():
+        swept = sweep_of(runs)
+        best = best_rate(swept)
+        table.append(
+            (
+                name,
+                ", ".join(f"{run.lr:g}: {_sweep_cell(run)}" for run in swept),
+                NONE if best is None else f"{best:g}",
+                f"{mean(finals[name]):.4f}" if finals[name] else NONE,
+                _range(finals[name], ".4f"),
+                str(len(finals[name])),
+                *(_percent(finals[name], finals[other]) for other in known),
+                _remark(runs),
+            )
+        )
+    columns = (
+        "Method",
+        "Held-out loss by learning rate, first seed (nats/token)",
+        "Best rate",
+        "Held-out loss, mean over seeds (nats/token)",
+        "Lowest–highest seed",
+        "Seeds",
+        *(f"Against {other} (%)" for other in known),
+        "Remark",
+    )
+    before = next((run.held_out[0].loss for run in records if run.held_out and run.held_out[0].step == 0), None)
+    notes = () if before is None else (f"Held-out loss before training: {before:.4f}.",)
+    return Table(title, columns, tuple(table), (*_work_notes(records), *notes))
+
+
+def by_name(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Records by the name of their row, in order."""
+    rows: dict[str, list[Record]] = {}
+    for record in records:
+        rows.setdefault(record.name, []).append(record)
+    return rows
+
+
+def sweep_of(runs: Sequence[Record]) -> list[Record]:
+    """The runs of the seed that ran the most rates: the first seed, in whatever order the records come."""
+    seeds = [run.seed for run in runs]
+    return [run for run in runs if run.seed == max(seeds, key=seeds.count)]
+
+
+def at_best_rate(runs: Sequence[Record]) -> list[Record]:
+    """The good runs of one row at the rate that was best on the first seed."""
+    best = best_rate(sweep_of(runs))
+    return [run for run in runs if run.lr == best and run.status == "ok"]
+
+
+def to_markdown(table: Table) -> str:
+    """A heading, a pipe table, the notes."""
+
+    def line(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    lines = [f"## {table.title}", "", line(table.columns), line("---" for _ in table.columns), *map(line, table.rows)]
+    return "\n".join([*lines, *(part for note in table.notes for part in ("", note)), ""])
+
+
+def to_csv(table: Table) -> str:
+    """The columns and rows alone."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([table.columns, *table.rows])
+    return text.getvalue()
+
+
+def to_rich(table: Table) -> RichTable:
+    """For the terminal."""
+    shown = RichTable(title=table.title, caption="\n".join(table.notes) or None)
+    for number, column in enumerate(table.columns):
+        shown.add_column(column, justify="left" if number in (0, len(table.columns) - 1) else "right")
+    for row in table.rows:
+        shown.add_row(*row)
+    return shown
+
+
+def _losses(runs: Iterable[Record]) -> list[float]:
+    return [run.final_held_out_loss for run in runs if run.final_held_out_loss is not None]
+
+
+def _middle(values: Sequence[float], form: str) -> str:
+    return format(median(values), form) if values else NONE
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    return f"{min(values):{form}}–{max(values):{form}}" if values else NONE
+
+
+def _ratio(values: Sequence[float], others: Sequence[float]) -> str:
+    return f"{median(values) / median(others):.2f}" if values and others else NONE
+
+
+def _percent(values: Sequence[float], others: Sequence[float]) -> str:
+    return f"{100 * (mean(values) / mean(others) - 1):+.2f}" if values and others else NONE
+
+
+def _sweep_cell(run: Record) -> str:
+    return run.status.replace("_", " ") if run.final_held_out_loss is None else f"{run.final_held_out_loss:.4f}"
+
+
+def _remark(runs: Sequence[Record]) -> str:
+    """Why runs failed, and what was different about those that did not."""
+    reasons = [f"{run.status.replace('_', ' ')}: {run.reason}" for run in runs if run.status != "ok"]
+    unclipped = any(run.status == "ok" and run.options.get("max_grad_norm", 1.0) is None for run in runs)
+    return "; ".join(dict.fromkeys([*reasons, *(["gradients not clipped"] if unclipped else [])]))
+
+
+def _work_notes(records: Sequence[Record]) -> tuple[str, ...]:
+    works = dict.fromkeys(
+        f"{run.model} on {run.dataset}, {run.dtype}, {run.steps} steps of {run.batch_size} × {run.seq_len} tokens at most."
+        for run in records
+    )
+    return tuple(works)
