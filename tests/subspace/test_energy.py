@@ -76,7 +76,7 @@ def test_a_scaled_gradient_has_the_same_share() -> None:
 
 
 def train(model: nn.Module, batches: list[Tensor], pieces: int = 1, **settings: Any) -> gradlite.GradLite:
-    optimizer = gradlite.GradLite(model, lr=1e-3, refresh_interval=2, **{"rank": 6, **settings})
+    optimizer = gradlite.GradLite(model, lr=1e-3, refresh_interval=1, **{"rank": 6, **settings})
     for step, ids in enumerate(batches):
         for part in ids.chunk(1 if step == 0 else pieces):
             (model(part) / (1 if step == 0 else pieces)).backward()
@@ -126,7 +126,7 @@ def test_a_models_shares_are_those_of_exact_gradients(
 
 def test_shares_are_kept_until_measured_again_and_every_basis_has_its_turn(tiny_model: Build, batches: Batches) -> None:
     model = tiny_model()
-    optimizer = gradlite.GradLite(model, rank=6, refresh_interval=2)
+    optimizer = gradlite.GradLite(model, rank=6, refresh_interval=1)
     seen = [optimizer.energy()]
     for ids in batches(4):
         model(ids).backward()
@@ -176,7 +176,7 @@ def test_a_resumed_optimizer_measures_as_if_never_stopped(tiny_model: Build, bat
     file = io.BytesIO()
     torch.save(begun.state_dict(), file)
     file.seek(0)
-    resumed = gradlite.GradLite(model, lr=1e-3, rank=6, refresh_interval=2)
+    resumed = gradlite.GradLite(model, lr=1e-3, rank=6, refresh_interval=1)
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert resumed.energy() == begun.energy()
     for ids in batches(6)[3:]:

@@ -160,9 +160,9 @@ class GradLite(SubspaceAdamW):
     def energy(self) -> dict[str, float]:
         """The newest measured share (0 to 1) of each projected weight's gradient energy inside its basis, by the weight's name.
 
-        Estimated with random probes (:mod:`gradlite.subspace.energy`) in the window before a basis' refresh, so each weight's
-        share is at most ``refresh_interval`` steps old. Left out: weights not measured yet, and those whose basis never
-        moves or is of full rank.
+        Estimated with random probes (:mod:`gradlite.subspace.energy`) in the window before every second refresh of a basis,
+        so each weight's share is at most ``2·refresh_interval`` steps old. Left out: weights not measured yet, and those whose
+        basis never moves or is of full rank.
         """
         names = (name for name, _ in self._attachment.projected)
         shares = zip(names, self._shares_inside(), strict=True)
