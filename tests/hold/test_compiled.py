@@ -24,7 +24,6 @@ def doubled(factor: float, x: Tensor, y: Tensor | None) -> Tensor:
     return x * factor if y is None else x * factor + y
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
 def test_compiled_codes_for_any_number_of_rows() -> None:
     """Really compiles: the codes are the eager ones, and another length, in another mode, takes the same machine code."""
     from torch._dynamo.utils import counters
@@ -91,7 +90,6 @@ def test_without_a_compiler_the_eager_result_and_one_warning(fails_at: str, monk
         assert torch.equal(Kernel(doubled, 3.0)(x, None), x * 3)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_is_wrong_with_the_tensors_is_raised() -> None:
     """And does not switch compilation off."""
     x = torch.randn(SMALL // 8, 8)

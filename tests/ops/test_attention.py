@@ -196,7 +196,6 @@ def test_under_no_grad_nothing_is_held(holder: Any, held_bytes: Any) -> None:
     assert one.noise.reads == 0
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
 def test_blocks_of_many_lengths_are_traced_once(holder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the queries nor the keys of a block are constants of the compiled code; two graphs a kernel at most (s = U)."""
     from torch._dynamo.utils import counters

@@ -46,14 +46,12 @@ class Kernel:
             return self._function(*self._static, *tensors)
         family = tuple(_family(tensor) for tensor in tensors)
         try:
-            if family not in self._families:
+            if family in self._families:
+                return _run(self._families[family], tensors)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # the compiler's own, at its first use
                 self._families[family] = self._compile()
-            for tensor in tensors:
-                if tensor is not None:
-                    torch._dynamo.maybe_mark_dynamic(tensor, _varying(tensor))
-            device = next(tensor for tensor in tensors if tensor is not None).device
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):  # one mode, or the compiler would begin again
-                return self._families[family](*tensors)
+                return _run(self._families[family], tensors)
         except Exception as error:  # noqa: BLE001 - whatever a compiler may raise; what is wrong with the tensors is raised again below
             result = self._function(*self._static, *tensors)
             _State.usable = False
@@ -73,6 +71,15 @@ class Kernel:
         # A code object of its own: the compiler counts recompilations by code object and gives up after a few.
         run.__code__ = run.__code__.replace(co_name=function.__name__)
         return torch.compile(run, dynamic=False)
+
+
+def _run(compiled: Callable[..., Any], tensors: tuple[Tensor | None, ...]) -> Any:
+    for tensor in tensors:
+        if tensor is not None:
+            torch._dynamo.maybe_mark_dynamic(tensor, _varying(tensor))
+    device = next(tensor for tensor in tensors if tensor is not None).device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):  # one mode, or the compiler would begin again
+        return compiled(*tensors)
 
 
 def _family(tensor: Tensor | None) -> tuple[Any, ...] | None:

@@ -30,6 +30,15 @@ class Codes(NamedTuple):
     codes: Tensor
     scale: Tensor
 
+    def blocks(self) -> tuple[Tensor, Tensor]:
+        """Views B×256 and B×1."""
+        return self.codes.view(-1, BLOCK), self.scale[:, None]
+
+    def store(self, codes_BS: Tensor, scale_B1: Tensor) -> None:
+        """Writes blocks."""
+        self.codes.copy_(codes_BS.view(-1))
+        self.scale.copy_(scale_B1.view(-1))
+
 
 def num_code_bytes(num_elements: int) -> int:
     """Bytes of one coded moment of so many elements, its scales included."""
@@ -44,7 +53,8 @@ def empty_codes(num_elements: int, signed: bool, device: torch.device) -> Codes:
     return Codes(torch.zeros(num_blocks * BLOCK, dtype=dtype, device=device), torch.zeros(num_blocks, device=device))
 
 
-def _blocks(values: Tensor) -> Tensor:
+def blocks_of(values: Tensor) -> Tensor:
+    """Values of any shape as B×256, zeros filling the last block."""
     flat = values.flatten()
     padding = -flat.numel() % BLOCK
     if padding:
@@ -52,41 +62,38 @@ def _blocks(values: Tensor) -> Tensor:
     return flat.view(-1, BLOCK)
 
 
-def encode_signed(values: Tensor, noise: Tensor, into: Codes) -> None:
-    """Codes a ratio (float32, any shape) evenly. ``noise``: uniform in [0, 1), one for every place in ``into``."""
-    blocks = _blocks(values)
-    scale = blocks.abs().amax(1)
-    level = (blocks / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).mul_(127.0)
-    level.add_(noise[: level.numel()].view_as(level)).floor_().clamp_(-127.0, 127.0)
-    into.codes.copy_(level.flatten())
-    into.scale.copy_(scale)
+def values_of(blocks_BS: Tensor, shape: torch.Size) -> Tensor:
+    """Undoes :func:`blocks_of`."""
+    return blocks_BS.flatten()[: shape.numel()].view(shape)
 
 
-def decode_signed(codes: Codes, shape: torch.Size) -> Tensor:
-    """The ratio as float32 of the given shape."""
-    values = codes.codes.view(-1, BLOCK).float().mul_((codes.scale / 127.0)[:, None])
-    return values.flatten()[: shape.numel()].view(shape)
+def signed_codes(blocks_BS: Tensor, noise_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (int8) and scales (B×1) of ratios in float32, evenly spaced. ``noise``: uniform in [0, 1)."""
+    scale_B1 = blocks_BS.abs().amax(1, keepdim=True)
+    level_BS = blocks_BS / scale_B1.clamp_min(torch.finfo(torch.float32).tiny) * 127.0
+    return (level_BS + noise_BS).floor().clamp(-127.0, 127.0).to(torch.int8), scale_B1
 
 
-def encode_unsigned(values: Tensor, noise: Tensor, into: Codes) -> None:
-    """Codes a second moment (float32, ≥ 0, any shape). ``noise`` as in :func:`encode_signed`."""
-    blocks = _blocks(values)
-    scale = blocks.amax(1)
-    unit = blocks / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    lower = unit.sqrt().sqrt_().sqrt_().mul_(255.0).floor_().clamp_(max=254.0)
-    below = _eighth(lower / 255.0)
-    odds = (unit - below).div_(_eighth(lower.add(1.0).div_(255.0)).sub_(below))
-    level = lower.add_(odds > noise[: unit.numel()].view_as(unit))
-    into.codes.copy_(torch.where(blocks > 0, level.clamp_min(1.0), level).flatten())
-    into.scale.copy_(scale)
+def signed_values(codes_BS: Tensor, scale_B1: Tensor) -> Tensor:
+    """The ratios in float32."""
+    return codes_BS.float() * (scale_B1 / 127.0)
+
+
+def unsigned_codes(blocks_BS: Tensor, noise_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (uint8) and scales (B×1) of second moments, float32 and at least 0. ``noise``: uniform in [0, 1)."""
+    scale_B1 = blocks_BS.amax(1, keepdim=True)
+    unit_BS = blocks_BS / scale_B1.clamp_min(torch.finfo(torch.float32).tiny)
+    lower_BS = (unit_BS.sqrt().sqrt().sqrt() * 255.0).floor().clamp(max=254.0)
+    below_BS, above_BS = _eighth(lower_BS / 255.0), _eighth((lower_BS + 1.0) / 255.0)
+    level_BS = lower_BS + (unit_BS - below_BS > noise_BS * (above_BS - below_BS)).float()
+    level_BS = torch.where(blocks_BS > 0, level_BS.clamp_min(1.0), level_BS)
+    return level_BS.to(torch.uint8), scale_B1
+
+
+def unsigned_values(codes_BS: Tensor, scale_B1: Tensor) -> Tensor:
+    """The second moments in float32."""
+    return _eighth(codes_BS.float() / 255.0) * scale_B1
 
 
 def _eighth(level: Tensor) -> Tensor:
-    return level.square_().square_().square_()
-
-
-def decode_unsigned(codes: Codes, shape: torch.Size) -> Tensor:
-    """The second moment as float32 of the given shape."""
-    level = codes.codes.view(-1, BLOCK).float().div_(255.0)
-    values = _eighth(level).mul_(codes.scale[:, None])
-    return values.flatten()[: shape.numel()].view(shape)
+    return level.square().square().square()

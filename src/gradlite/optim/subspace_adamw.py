@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradlite.errors import GradLiteError
-from gradlite.optim.adam import adam_direction_
 from gradlite.optim.moments import MomentsFormat, moments_for
 from gradlite.optim.rounding import NoiseTable, dense_update_, low_rank_update_
 from gradlite.subspace.basis import refreshed_basis
@@ -35,6 +34,9 @@ from gradlite.subspace.transport import transport_moments
 
 PHI_LIMIT = 3.0
 """How far φ may exceed ``1/√mean(v̂)``: never reached while gradients stay within a third of their usual size."""
+
+REFRESHES_A_MEASUREMENT = 2
+"""At every second refresh of a basis the gradient's energy inside it is measured: at each it took 0.6 % of a step's time."""
 
 Feedback = Literal["feedback", "same_step", "off"]
 MemoryFormat = Literal["factored", "int4", "fp32"]
@@ -160,10 +162,7 @@ class SubspaceAdamW(Optimizer):
             state["step"] = torch.zeros(())
             state.update(moments.init(param.shape, param))
         assert param.grad is not None
-        exp_avg, exp_avg_sq = moments.read(state, param.shape)
-        grad, (beta1, beta2) = param.grad.to(exp_avg.dtype), group["betas"]
-        direction = adam_direction_(grad, exp_avg, exp_avg_sq, _tick(state), beta1, beta2, group["eps"])
-        moments.write(state, exp_avg, exp_avg_sq, noise)
+        direction, _ = moments.advance(state, param.grad, _tick(state), group["betas"], group["eps"], noise)
         decay = 1.0 - float(group["lr"]) * group["weight_decay"]
         dense_update_(param, direction, -float(group["lr"]), decay, self._rounding(noise))
 
@@ -186,7 +185,7 @@ class SubspaceAdamW(Optimizer):
         for collector, _ in members:
             if collector.probed_ML is not None and collector.coordinates.grad is not None:
                 collector.share_inside = share_inside(collector.coordinates.grad, collector.probed_ML)
-        steps = [_MemberStep(self, collector, group, clip) for collector, group in members]
+        steps = [_MemberStep(self, collector, group, clip, noise) for collector, group in members]
         new_NR = self._refreshed(basis, steps, clip)
         scale = (basis.width / basis.rank) ** 0.5
         for member in steps:
@@ -197,12 +196,11 @@ class SubspaceAdamW(Optimizer):
             low_rank_update_(weight_MN, left, right, -lr * scale, decay, self._rounding(noise))
         if new_NR is not None:
             for collector, group in idle:
-                self._carry_idle(collector, group, basis.matrix_NR, new_NR, noise)
+                self._carry(collector, group, basis.matrix_NR, new_NR, noise)
             basis.matrix_NR = new_NR
 
-    def _carry_idle(
-        self, collector: Collector, group: dict[str, Any], basis_NR: Tensor, new_NR: Tensor, noise: NoiseTable
-    ) -> None:
+    def _carry(self, collector: Collector, group: dict[str, Any], basis_NR: Tensor, new_NR: Tensor, noise: NoiseTable) -> None:
+        """Moves a weight's moments from one basis to the next."""
         state = self.state.get(collector.coordinates)
         if not state:
             return
@@ -230,7 +228,8 @@ class SubspaceAdamW(Optimizer):
                 and (self._global_step + index) % self._refresh_interval == 0
             )
             basis.probes_NK = None
-            if basis.due and basis.matrix_NR is not None:
+            measured = (self._global_step + index) % (REFRESHES_A_MEASUREMENT * self._refresh_interval) == 0
+            if basis.due and measured and basis.matrix_NR is not None:
                 seed = self._window.generator.initial_seed() + (self._global_step << 20) + index
                 basis.probes_NK = outside_probes(basis.matrix_NR, seed)
         for collector in self._window.collectors:
@@ -399,7 +398,9 @@ def _tick(state: dict[str, Tensor]) -> int:
 class _MemberStep:
     """One weight's way through a step: its direction first, its moments and memory once the basis is decided."""
 
-    def __init__(self, optimizer: SubspaceAdamW, collector: Collector, group: dict[str, Any], clip: Tensor) -> None:
+    def __init__(
+        self, optimizer: SubspaceAdamW, collector: Collector, group: dict[str, Any], clip: Tensor, noise: NoiseTable
+    ) -> None:
         self.optimizer = optimizer
         self.collector = collector
         self.group = group
@@ -409,21 +410,24 @@ class _MemberStep:
         self.moments = moments_for(optimizer._moments, collector.rows * collector.basis.rank, coordinates.dtype)
         if not self.state:
             self._init_state(coordinates)
-        self.exp_avg_MR, self.exp_avg_sq_MR = self.moments.read(self.state, coordinates.shape)
-        grad_MR = coordinates.grad.to(self.exp_avg_MR.dtype)
         self.step = _tick(self.state)
-        beta1, beta2 = group["betas"]
-        self.direction_MR = adam_direction_(grad_MR, self.exp_avg_MR, self.exp_avg_sq_MR, self.step, beta1, beta2, group["eps"])
+        self.direction_MR, total = self.moments.advance(
+            self.state, coordinates.grad, self.step, group["betas"], group["eps"], noise
+        )
+        if collector.sample is not None:
+            self.sample_scale = self._sample_scale(coordinates.grad, total, clip)
+            if self._remembers():
+                optimizer._memory.add(self.state, collector.sample, self.sample_scale)
+
+    def _sample_scale(self, grad: Tensor, total: Tensor, clip: Tensor) -> Tensor:
+        """What makes the residual's sample an update: ``φκ``, and the factor by which the gradients were clipped."""
+        grad_MR = grad.to(self.direction_MR.dtype)
         tiny = torch.finfo(grad_MR.dtype).tiny
         phi = torch.linalg.vector_norm(self.direction_MR) / torch.linalg.vector_norm(grad_MR).clamp_min(tiny)
         # A gradient that hardly enters the basis would make φ boundless; Adam's own mean unit 1/√v̂ bounds it.
-        total = (self.exp_avg_sq_MR.sum() / (1.0 - beta2**self.step)).clamp_min(tiny)
+        total = (total / (1.0 - self.group["betas"][1] ** self.step)).clamp_min(tiny)
         phi = torch.minimum(phi, PHI_LIMIT * (grad_MR.numel() / total).sqrt())
-        self.sample_scale = phi * clip.to(grad_MR.dtype)
-        if collector.sample is not None:
-            self.sample_scale = self.sample_scale * collector.signal_share().to(grad_MR.dtype)
-        if self._remembers() and collector.sample is not None:
-            optimizer._memory.add(self.state, collector.sample, self.sample_scale)
+        return phi * clip.to(grad_MR.dtype) * self.collector.signal_share().to(grad_MR.dtype)
 
     def _init_state(self, coordinates: Coordinates) -> None:
         collector, optimizer = self.collector, self.optimizer
@@ -438,7 +442,7 @@ class _MemberStep:
         return self.optimizer._feedback == "feedback" and self.collector.basis.rank < self.collector.basis.width
 
     def finish(self, basis_NR: Tensor, new_NR: Tensor | None, noise: NoiseTable) -> tuple[Tensor, Tensor]:
-        """Stores the moments and returns the weight's update as two factors, M×S and N×S."""
+        """The weight's update as two factors, M×S and N×S; the moments move with the basis."""
         compute = self.direction_MR.dtype
         basis_NR = basis_NR.to(compute)
         left, right = [self.direction_MR], [basis_NR]
@@ -446,15 +450,10 @@ class _MemberStep:
         if self.optimizer._feedback == "same_step" and sample is not None:
             left.append(sample.left_KM.to(compute).T * self.sample_scale)
             right.append(sample.right_KN.to(compute).T)
-        exp_avg_MR, exp_avg_sq_MR = self.exp_avg_MR, self.exp_avg_sq_MR
         if new_NR is not None:
-            new_NR = new_NR.to(compute)
-            beta1, beta2 = self.group["betas"]
-            exp_avg_MR, exp_avg_sq_MR = transport_moments(
-                exp_avg_MR, exp_avg_sq_MR, basis_NR.T @ new_NR, 1.0 - beta1**self.step, 1.0 - beta2**self.step
-            )
+            self.optimizer._carry(self.collector, self.group, basis_NR, new_NR, noise)
             if self._remembers():
+                new_NR = new_NR.to(compute)
                 left.append(self.optimizer._memory.release(self.state, new_NR).to(compute))
                 right.append(new_NR)
-        self.moments.write(self.state, exp_avg_MR, exp_avg_sq_MR, noise)
-        return torch.cat(left, 1), torch.cat(right, 1)
+        return (left[0], right[0]) if len(left) == 1 else (torch.cat(left, 1), torch.cat(right, 1))
