@@ -8,12 +8,14 @@ import typer
 
 from gradlite.cli.compare import compare
 from gradlite.cli.flags import KEEP_UNKNOWN
+from gradlite.cli.report import report
 from gradlite.cli.train import train
 from gradlite.errors import GradLiteError
 
 app = typer.Typer(invoke_without_command=True, add_completion=False, pretty_exceptions_enable=False)
 app.command(context_settings=KEEP_UNKNOWN)(train)
 app.command()(compare)
+app.command()(report)
 
 
 def _print_version(wanted: bool) -> None:
