@@ -51,7 +51,6 @@ def lines(
     y_label: str,
     description: str,
     *,
-    log_y: bool = False,
     from_zero: bool = False,
 ) -> Markup:
     """Curves over one axis."""
@@ -69,10 +68,8 @@ def lines(
                 drawn.set_dashes(curve.look.dash)
             drawn.set_gid(f"curve{number}")
             tips[f"curve{number}"] = curve.tip
-        if log_y:
-            axes.set_yscale("log")
         if from_zero:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.08 * max((value for curve in curves for value in curve.y), default=1.0) or 1.0)
         if x_label == "step":
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.set_xlabel(x_label)
@@ -107,8 +104,8 @@ def memory_bars(prefix: str, bars: Sequence[Bar], description: str) -> Markup:
                 begin += num_bytes
             axes.text(0, place - 0.31, _cut(bar.name, 52), va="bottom", ha="left", fontsize=10.5)
             axes.annotate(
-                f"{bar.total_bytes / size:.3g}", (bar.total_bytes / size, place), (4, 0), textcoords="offset points",
-                va="center", fontsize=10.5, color=MUTED.light,
+                f"{bar.total_bytes / size:#.3g}".rstrip("."), (bar.total_bytes / size, place), (4, 0),
+                textcoords="offset points", va="center", fontsize=10.5, color=MUTED.light,
             )  # fmt: skip
         axes.set_xlim(0, 1.12 * max(bar.total_bytes for bar in bars) / size)
         axes.set_ylim(len(bars) - 0.6, -0.9)
@@ -152,11 +149,11 @@ def heat_map(
         figure = new_figure(max(150, 90 + 9 * len(rows)))
         axes = figure.add_subplot()
         axes.grid(visible=False)
-        image = axes.imshow(grid, aspect="auto", interpolation="nearest", vmin=0.0, vmax=1.0, cmap="viridis")
-        every = math.ceil(len(rows) / 32)
-        axes.set_yticks(
-            range(0, len(rows), every), [_cut(name, 22) for name in rows[::every]], fontsize=8 if len(rows) > 12 else 10
-        )
+        known = [share for column in shares for share in column if share is not None]
+        low = math.floor(10 * min(known, default=0.0)) / 10  # shares differ little where they are high
+        image = axes.imshow(grid, aspect="auto", interpolation="nearest", vmin=min(low, 0.9), vmax=1.0, cmap="viridis")
+        every = math.ceil(len(rows) / 18)
+        axes.set_yticks(range(0, len(rows), every), [_cut(name, 22) for name in rows[::every]], fontsize=9.5)
         shown = MaxNLocator(6, integer=True).tick_values(0, len(columns) - 1)
         places = sorted({round(place) for place in shown if 0 <= place < len(columns)})
         axes.set_xticks(places, [f"{columns[place]:g}" for place in places])

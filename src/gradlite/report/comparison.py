@@ -9,40 +9,28 @@ from gradlite.report.energy import mean_line
 from gradlite.report.palette import CATEGORIES, Look, look
 from gradlite.report.provenance import of_records
 from gradlite.report.rows import Group, Row
-from gradlite.report.section import Key, Picture, Section, area_keys, line_key
+from gradlite.report.section import Picture, Section, area_keys, line_key
 from gradlite.report.sentences import of_group
-from gradlite.report.tables import Table, general_table, memory_table, quality_table, runs_table
+from gradlite.report.tables import experiment_tables, runs_table, table_number
 from gradlite.report.words import in_loss, in_memory
 
-_TABLES = {"memory": ("Table 1", memory_table), "quality": ("Table 2", quality_table), "ablation": ("Table 3", quality_table)}
 _SMOOTHED = 10
 _CURVES_FROM = 20
 """Steps: shorter runs measure memory and speed, and their losses say nothing."""
 
 
 def sections(groups: Sequence[Group]) -> list[Section]:
-    """Every experiment's sentences, table, and those figures for which it has numbers."""
-    return [_section(group, f"e{number}") for number, group in enumerate(groups)]
+    """Every experiment's sentences, table, and those figures for which it has numbers; the numbered tables first."""
+    ordered = sorted(groups, key=lambda group: table_number(group) or math.inf)
+    return [_section(group, f"e{number}") for number, group in enumerate(ordered)]
 
 
 def _section(group: Group, prefix: str) -> Section:
     looks = {row.name: look(number) for number, row in enumerate(group.rows)}
-    pictures = [
-        *_memory(group, prefix),
-        *_losses(group, looks, prefix),
-        *_trade(group, looks, prefix),
-        *_energy(group, looks, prefix),
-    ]
-    legend: list[Key] = [line_key(row.name, looks[row.name]) for row in group.rows if row.best]
-    return Section(
-        group.experiment, of_group(group), [_table(group)], legend if pictures else [], pictures, [runs_table(group.records)]
-    )
-
-
-def _table(group: Group) -> Table:
-    """Tables 1, 2 and 3 of the presets are known by their experiments' names."""
-    number, table = _TABLES.get(group.experiment.rsplit("-", 1)[-1], ("", general_table))
-    return table(group, f"{number}: {group.experiment}" if number else group.experiment)
+    by_look = [*_losses(group, looks, prefix), *_trade(group, looks, prefix), *_energy(group, looks, prefix)]
+    legend = [line_key(row.name, looks[row.name]) for row in group.rows if row.best and by_look]
+    pictures = [*_memory(group, prefix), *by_look]
+    return Section(group.experiment, of_group(group), experiment_tables(group), legend, pictures, [runs_table(group.records)])
 
 
 def _memory(group: Group, prefix: str) -> list[Picture]:
@@ -66,44 +54,67 @@ def _bar(record: Record) -> Bar:
 
 
 def _losses(group: Group, looks: dict[str, Look], prefix: str) -> list[Picture]:
-    """Training and held-out loss, against steps and against seconds, of every finished run at its row's best rate."""
-    runs = [(row, record) for row in group.rows for record in sorted(row.best, key=lambda record: record.seed)]
-    trained = [(row, record) for row, record in runs if len(record.curve.step) >= _CURVES_FROM]
-    judged = [(row, record) for row, record in runs if record.held_out]
+    """Training and held-out loss, against steps and against seconds: a row's finished runs at its best rate, as their mean."""
     pictures = []
-    for kind, chosen in (("training", trained), ("held-out", judged)):
-        if not chosen:
-            continue
+    for kind, curve in (("training", _training_curve), ("held-out", _held_out_curve)):
         for against in ("steps", "seconds"):
-            curves = [_curve(row, record, looks[row.name], kind, against) for row, record in chosen]
+            found = [(row, curve(row, looks[row.name], against)) for row in group.rows if row.best]
+            drawn = [(row, line) for row, line in found if line is not None]
+            if not drawn:
+                continue
             axis = "step" if against == "steps" else "seconds of training"
-            how = f"running means of {_SMOOTHED} steps" if kind == "training" else "where it was evaluated"
-            description = f"Curves of {kind} loss against {against}. Last values: {_last_values(group, kind, chosen)}."
-            svg = lines(f"{prefix}-{kind}-{against}", curves, axis, f"{kind} loss (nats per token)", description)
-            caption = f"{how[0].upper()}{how[1:]}; each method at its best learning rate, one line a seed."
-            origin = of_records([record for _, record in chosen])
+            told = "; ".join(f"{row.name} {in_loss(line.y[-1])}" for row, line in drawn)
+            description = f"Curves of {kind} loss against {against}. They end at: {told}."
+            svg = lines(
+                f"{prefix}-{kind}-{against}", [line for _, line in drawn], axis, f"{kind} loss (nats per token)", description
+            )
+            how = f"Running means of {_SMOOTHED} steps" if kind == "training" else "Where it was evaluated"
+            caption = f"{how}; each method at its best learning rate, the mean of its seeds."
+            origin = of_records([record for row, _ in drawn for record in row.best])
             pictures.append(Picture(svg, f"{kind.capitalize()} loss against {against}", caption, origin))
     return pictures
 
 
-def _curve(row: Row, record: Record, its_look: Look, kind: str, against: str) -> Line:
-    tip = f"{row.name}, learning rate {record.lr:g}, seed {record.seed}"
-    if kind == "held-out":
-        x = [float(point.step if against == "steps" else point.seconds) for point in record.held_out]
-        return Line(
-            x, [math.nan if point.loss is None else point.loss for point in record.held_out], its_look, tip, marked=True
+def _training_curve(row: Row, its_look: Look, against: str) -> Line | None:
+    runs = [record.curve for record in row.best if len(record.curve.step) >= _CURVES_FROM]
+    by_step = list(zip(*(zip(run.step, run.seconds, run.train_loss, strict=True) for run in runs), strict=False))
+    places = [
+        (
+            step if against == "steps" else _mean([seconds for _, seconds, _ in point]),
+            [loss for *_, loss in point if loss is not None],
         )
-    whole = record.curve
-    places = [(s, t, loss) for s, t, loss in zip(whole.step, whole.seconds, whole.train_loss, strict=True) if loss is not None]
-    x = [float(step if against == "steps" else seconds) for step, seconds, _ in places]
-    return Line(x, running_mean([loss for _, _, loss in places], _SMOOTHED), its_look, tip)
+        for point in by_step
+        for step in [point[0][0]]
+    ]
+    known = [(float(x), _mean(losses)) for x, losses in places if losses]
+    if not known:
+        return None
+    return Line([x for x, _ in known], running_mean([loss for _, loss in known], _SMOOTHED), its_look, _tip(row))
 
 
-def _last_values(group: Group, kind: str, chosen: Sequence[tuple[Row, Record]]) -> str:
-    if kind == "held-out":
-        return "; ".join(f"{row.name} {in_loss(row.loss.mean)}" for row in group.rows if row.loss)
-    by_row = {row.name: [loss for loss in record.curve.train_loss[-_SMOOTHED:] if loss is not None] for row, record in chosen}
-    return "; ".join(f"{name} {in_loss(sum(last) / len(last))}" for name, last in by_row.items() if last)
+def _held_out_curve(row: Row, its_look: Look, against: str) -> Line | None:
+    points = [point for record in row.best for point in record.held_out if point.loss is not None]
+    steps = sorted({point.step for point in points})
+    if not steps:
+        return None
+    at = {step: [point for point in points if point.step == step] for step in steps}
+    x = [float(step) if against == "steps" else _mean([point.seconds for point in at[step]]) for step in steps]
+    return Line(
+        x,
+        [_mean([point.loss for point in at[step] if point.loss is not None]) for step in steps],
+        its_look,
+        _tip(row),
+        marked=True,
+    )
+
+
+def _tip(row: Row) -> str:
+    seeds = ", ".join(str(record.seed) for record in sorted(row.best, key=lambda record: record.seed))
+    return f"{row.name}, learning rate {row.best[0].lr:g}, seeds {seeds}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _trade(group: Group, looks: dict[str, Look], prefix: str) -> list[Picture]:
@@ -121,9 +132,7 @@ def _trade(group: Group, looks: dict[str, Look], prefix: str) -> list[Picture]:
 def _point(row: Row, its_look: Look) -> Point:
     assert row.loss is not None
     assert row.peak_bytes is not None
-    return Point(
-        row.name, row.peak_bytes, row.loss.mean, row.tokens_per_second.mean if row.tokens_per_second else None, its_look
-    )
+    return Point(row.name, row.peak_bytes, row.loss.mean, row.tokens_per_second, its_look)
 
 
 def _energy(group: Group, looks: dict[str, Look], prefix: str) -> list[Picture]:

@@ -41,12 +41,12 @@ class Section:
     folded: Sequence[Table] = field(default=())
 
 
-def line_key(name: str, look: Look) -> Key:
-    """A short piece of a series' line with its marker's place."""
+def line_key(name: str, look: Look, *, marked: bool = True) -> Key:
+    """A short piece of a series' line, with its marker."""
+    colour = f"var(--{look.colour.name})"
     dash = f' stroke-dasharray="{" ".join(f"{1.6 * length:g}" for length in look.dash)}"' if look.dash else ""
-    shape = _MARKERS[look.marker]
-    return Key(name, _sample(f'<path d="M1 7H29" stroke="var(--{look.colour.name})" stroke-width="2.4"{dash}/>'
-                             f'<path d="{shape}" fill="var(--{look.colour.name})"/>'))  # fmt: skip
+    line = f'<path d="M1 7H29" stroke="{colour}" stroke-width="2.4"{dash}/>'
+    return Key(name, _sample(line + (f'<path d="{_MARKERS[look.marker]}" fill="{colour}"/>' if marked else "")))
 
 
 def area_keys() -> list[Key]:

@@ -39,7 +39,7 @@ def of_run(run: TrainedRun) -> list[str]:
     _, peaks = run.series("peak_memory_bytes")
     _, rates = run.series("tokens_per_second")
     if peaks and rates:
-        took = f" in {in_time(result['seconds'])}" if isinstance(result.get("seconds"), int | float) else ""
+        took = f"; {in_time(result['seconds'])} in all" if isinstance(result.get("seconds"), int | float) else ""
         said.append(f"Peak memory {in_memory(max(peaks))}; {rates[-1]:,.0f} tokens/s at the end{took}.")
     _, skipped = run.series("skipped_steps")
     if skipped and skipped[-1]:
@@ -110,7 +110,7 @@ def _least_memory(group: Group) -> str:
 
 
 def _fastest(group: Group) -> str:
-    known = [(row.tokens_per_second.mean, row) for row in group.rows if row.tokens_per_second]
+    known = [(row.tokens_per_second, row) for row in group.rows if row.tokens_per_second]
     if not known:
         return ""
     rate, fastest = max(known, key=lambda pair: pair[0])
@@ -119,7 +119,7 @@ def _fastest(group: Group) -> str:
 
 
 def _speed(row: Row) -> str:
-    return f"{row.tokens_per_second.mean:,.0f}" if row.tokens_per_second else "nothing measured"
+    return f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "nothing measured"
 
 
 def _beside(group: Group, winner: Row, told: Callable[[Row], str]) -> str:
@@ -133,6 +133,11 @@ def _without_result(group: Group) -> str:
     failed: list[Record] = [record for row in group.rows for record in row.failures]
     if not failed:
         return ""
-    names = ", ".join(dict.fromkeys(record.name for record in failed))
+    told = "; ".join(dict.fromkeys(f"{record.name} ({_why(record)})" for record in failed))
     verb = "has" if len(failed) == 1 else "have"
-    return f"{len(failed)} of {counted(len(group.records), 'run')} {verb} no result: {names}."
+    return f"{len(failed)} of {counted(len(group.records), 'run')} {verb} no result: {told}."
+
+
+def _why(record: Record) -> str:
+    status = record.status.replace("_", " ")
+    return f"{status}: {record.reason.rstrip('.')}" if record.reason else status

@@ -1,13 +1,17 @@
-"""Records as tables. Every row that was run stands in its table; a failed one with its reason."""
+"""Records as tables: those of `gradlite compare`, number for number, and one of all runs by themselves."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gradlite.compare import tables
+from gradlite.compare.experiment import PRESETS, load_experiment
 from gradlite.compare.record import Record
-from gradlite.report.rows import Group, Range, Row
-from gradlite.report.words import NOTHING, counted, in_loss, in_memory, in_percent, in_ratio, in_speed
+from gradlite.report.rows import Group
+from gradlite.report.words import NOTHING, in_loss, in_memory
 
-_FAILED = {"failed": "failed", "out_of_memory": "out of memory"}
+_NUMBERS = re.compile(r"[\d\s.,–+−×%-]*")
+_SHIPPED = {name: number for names in PRESETS.values() for number, name in names.items()}
 
 
 @dataclass(frozen=True)
@@ -21,31 +25,31 @@ class Table:
     note: str = ""
 
 
-class _Column:
-    def __init__(self, title: str, cell: Callable[[Row], str], *, numeric: bool = True) -> None:
-        self.title, self.cell, self.numeric = title, cell, numeric
+def table_number(group: Group) -> int | None:
+    """Which of the paper's tables an experiment makes: 1, 2 or 3; None for experiments of the user's own."""
+    return _SHIPPED.get(group.experiment)
 
 
-def memory_table(group: Group, caption: str) -> Table:
-    """Peak memory and throughput."""
-    return _table(
-        group, caption, [*_memory(group), *_speed(group)], "Medians of the runs; in brackets the slowest and fastest step."
-    )
-
-
-def quality_table(group: Group, caption: str) -> Table:
-    """Held-out loss, at the best learning rate over the seeds, and the sweep that chose it."""
-    return _table(group, caption, _quality(group), _quality_note(group))
-
-
-def general_table(group: Group, caption: str) -> Table:
-    """All that is known of each method."""
-    return _table(group, caption, [*_quality(group), *_memory(group), *_speed(group)], _quality_note(group))
+def experiment_tables(group: Group) -> list[Table]:
+    """The paper's table, if the experiment is one of the presets'; otherwise all tables for which there are numbers."""
+    number = table_number(group)
+    reference = group.reference
+    baselines = [reference.name] if reference is not None else []
+    title, kind = group.experiment, ""
+    if number is not None:
+        preset = load_experiment(group.experiment)
+        baselines, title, kind = preset.baselines, f"Table {number}: {preset.title}", preset.kind
+    found = []
+    if kind == "memory" or (not kind and any(row.peak_bytes or row.tokens_per_second for row in group.rows)):
+        found.append(tables.memory_table(group.records, title if kind else f"{title}: memory and throughput", baselines))
+    if kind in ("quality", "ablation") or (not kind and any(record.held_out for record in group.records)) or not found:
+        found.append(tables.quality_table(group.records, title if kind else f"{title}: held-out loss", baselines))
+    return [_shown(table) for table in found]
 
 
 def runs_table(records: Sequence[Record]) -> Table:
     """Every run by itself."""
-    columns = ["run", "method", "learning rate", "seed", "steps", "held-out loss", "peak memory", "tokens/s", "status", "date"]
+    columns = ["Run", "Method", "Rate", "Seed", "Steps", "Held-out loss", "Peak memory", "Tokens/s", "Status", "Date"]
     rows = [
         [
             record.run,
@@ -56,109 +60,25 @@ def runs_table(records: Sequence[Record]) -> Table:
             in_loss(record.final_held_out_loss),
             in_memory(record.memory.peak_bytes if record.memory else None),
             NOTHING if record.tokens_per_second is None else f"{record.tokens_per_second.median:,.1f}",
-            failure(record) if record.status != "ok" else "ok",
+            _status(record),
             record.date or NOTHING,
         ]
         for record in records
     ]
-    numeric = [False, False, True, True, True, True, True, True, False, False]
-    return Table(
-        "All runs",
-        columns,
-        rows,
-        numeric,
-        "Memory notes: " + "; ".join(_memory_notes(records)) if _memory_notes(records) else "",
-    )
+    notes = [f"{record.run}: {record.memory.note}" for record in records if record.memory and record.memory.note]
+    numeric = [2 <= number <= 7 for number in range(len(columns))]
+    return Table("All runs", columns, rows, numeric, "; ".join(notes))
 
 
-def failure(record: Record) -> str:
-    """What became of a run that has no result: `out of memory: …`."""
-    what = _FAILED[record.status]
-    return f"{what}: {record.reason}" if record.reason else what
+def _shown(table: tables.Table) -> Table:
+    """Without columns in which nobody has anything."""
+    cells = list(zip(*table.rows, strict=True))
+    kept = [number for number, column in enumerate(cells) if number == 0 or any(cell not in ("", NOTHING) for cell in column)]
+    rows = [[row[number] for number in kept] for row in table.rows]
+    numeric = [number > 0 and all(_NUMBERS.fullmatch(cell) for cell in cells[number]) for number in kept]
+    return Table(table.title, [table.columns[number] for number in kept], rows, numeric, " ".join(table.notes))
 
 
-def _table(group: Group, caption: str, columns: Sequence[_Column], note: str) -> Table:
-    """Columns that nobody has anything in are left out; failures get one of their own."""
-    cells = [[column.cell(row) for row in group.rows] for column in columns]
-    kept = [number for number, column in enumerate(cells) if any(cell != NOTHING for cell in column)]
-    rows = [[row.name, *(cells[number][place] for number in kept)] for place, row in enumerate(group.rows)]
-    titles = ["method", *(columns[number].title for number in kept)]
-    numeric = [False, *(columns[number].numeric for number in kept)]
-    if any(row.failures for row in group.rows):
-        titles, numeric = [*titles, "without a result"], [*numeric, False]
-        rows = [[*cells_of, _failures(row)] for cells_of, row in zip(rows, group.rows, strict=True)]
-    return Table(caption, titles, rows, numeric, note)
-
-
-def _memory(group: Group) -> list[_Column]:
-    columns = [
-        _Column("peak memory", lambda row: in_memory(row.peak_bytes)),
-        _Column("above the weights", lambda row: in_memory(row.peak_above_weights_bytes)),
-        _Column("process, above the weights", lambda row: in_memory(row.process_peak_bytes)),
-    ]
-    reference = group.reference
-    if reference is not None and reference.peak_above_weights_bytes:
-        base = reference.peak_above_weights_bytes
-        title = f"above the weights, of {reference.name}'s"
-        columns.append(_Column(title, lambda row: in_ratio(row.peak_above_weights_bytes, base)))
-    return columns
-
-
-def _speed(group: Group) -> list[_Column]:
-    columns = [
-        _Column("tokens/s", lambda row: in_speed(row.tokens_per_second)),
-        _Column("samples/s", lambda row: in_speed(row.samples_per_second)),
-    ]
-    reference = group.reference
-    if reference is not None and reference.tokens_per_second:
-        base = reference.tokens_per_second.mean
-        columns.append(_Column(f"tokens/s, of {reference.name}'s", lambda row: in_ratio(_mean(row.tokens_per_second), base)))
-    return columns
-
-
-def _quality(group: Group) -> list[_Column]:
-    columns = [
-        _Column("held-out loss", lambda row: in_loss(_mean(row.loss))),
-        _Column("over the seeds", _over_seeds),
-        _Column("seeds", lambda row: ", ".join(str(r.seed) for r in sorted(row.best, key=lambda r: r.seed)) or NOTHING),
-        _Column("learning rate", lambda row: f"{row.best[0].lr:g}" if row.best else NOTHING),
-        _Column("loss by learning rate", _sweep, numeric=False),
-    ]
-    reference = group.reference
-    if reference is not None and reference.loss:
-        base = reference.loss.mean
-        columns.insert(
-            2, _Column(f"against {reference.name}", lambda row: in_percent(row.loss.mean / base - 1) if row.loss else NOTHING)
-        )
-    return columns
-
-
-def _quality_note(group: Group) -> str:
-    steps = {record.steps for record in group.records}
-    when = f" after {steps.pop()} steps" if len(steps) == 1 else ""
-    return f"Nats per held-out token{when}: the mean over the seeds at the best learning rate, and its range."
-
-
-def _over_seeds(row: Row) -> str:
-    return NOTHING if row.loss is None or row.loss.count < 2 else f"{in_loss(row.loss.low)}–{in_loss(row.loss.high)}"
-
-
-def _sweep(row: Row) -> str:
-    if len(row.sweep) < 2:
-        return NOTHING
-    return "; ".join(f"{lr:g}: {in_loss(_mean(loss)) if loss else 'no result'}" for lr, loss in row.sweep)
-
-
-def _failures(row: Row) -> str:
-    if not row.failures:
-        return NOTHING
-    reasons = "; ".join(dict.fromkeys(failure(record) for record in row.failures))
-    return f"{len(row.failures)} of {counted(len(row.runs), 'run')}: {reasons}"
-
-
-def _memory_notes(records: Sequence[Record]) -> list[str]:
-    return [f"{record.run}: {record.memory.note}" for record in records if record.memory and record.memory.note]
-
-
-def _mean(found: Range | None) -> float | None:
-    return None if found is None else found.mean
+def _status(record: Record) -> str:
+    status = record.status.replace("_", " ")
+    return f"{status}: {record.reason}" if record.reason else status

@@ -44,7 +44,9 @@ def _results(run: TrainedRun) -> Table:
     ]
     states = result.get("state_bytes")
     if isinstance(states, Mapping):
-        rows += [[f"{name}, at the end", in_memory(value)] for name, value in states.items() if isinstance(value, int)]
+        rows += [
+            [f"{name}, at the end", in_memory(value)] for name, value in states.items() if isinstance(value, int) and value
+        ]
     return Table(
         run.name, ["", "value"], [row for row in rows if row[1] != NOTHING], [False, True], "Losses in nats per token."
     )
@@ -74,8 +76,11 @@ def _time_is_missing(run: TrainedRun) -> list[str]:
 
 
 def _loss_legend() -> list[Key]:
-    names = (("training, each step", _STEP), (f"training, mean of {_SMOOTHED} steps", _MEAN), ("held out", _HELD_OUT))
-    return [line_key(name, its_look) for name, its_look in names]
+    training = [
+        line_key("training, each step", _STEP, marked=False),
+        line_key(f"training, mean of {_SMOOTHED}", _MEAN, marked=False),
+    ]
+    return [*training, line_key("held out", _HELD_OUT)]
 
 
 def _losses(run: TrainedRun) -> list[Picture]:
@@ -99,7 +104,7 @@ def _losses(run: TrainedRun) -> list[Picture]:
 
 
 _WATCHED = (
-    ("learning_rate", "Learning rate", "learning rate", "Of each step.", 1.0),
+    ("learning_rate", "Learning rate", "learning rate", "Learning rate of each step.", 1.0),
     (
         "tokens_per_second",
         "Throughput",
@@ -129,7 +134,7 @@ def _watched(run: TrainedRun) -> list[Picture]:
             f"{title} by step: from {scaled[0]:.3g} to {scaled[-1]:.3g}, between {min(scaled):.3g} and {max(scaled):.3g}."
         )
         curve = Line(steps, scaled, _MEAN, title)
-        svg = lines(f"watched-{key}", [curve], "step", label, description, from_zero=key != "grad_norm" or min(scaled) >= 0)
+        svg = lines(f"watched-{key}", [curve], "step", label, description, from_zero=True)
         pictures.append(Picture(svg, title, caption, of_run(run)))
     return pictures
 

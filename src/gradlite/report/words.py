@@ -1,6 +1,5 @@
 """Numbers as a page says them."""
 
-from gradlite.report.rows import Range
 from gradlite.train.words import in_bytes
 
 NOTHING = "–"
@@ -16,16 +15,6 @@ def in_memory(num_bytes: float | None) -> str:
     return NOTHING if num_bytes is None else in_bytes(num_bytes)
 
 
-def in_speed(rate: Range | None) -> str:
-    """The median with the slowest and the fastest step."""
-    return NOTHING if rate is None else f"{_digits(rate.mean)} ({_digits(rate.low)}–{_digits(rate.high)})"
-
-
-def in_ratio(value: float | None, reference: float | None) -> str:
-    """0.41 ×."""
-    return NOTHING if value is None or not reference else f"{value / reference:.2f} ×"
-
-
 def in_percent(fraction: float) -> str:
     """+1.3 %, −0.4 %."""
     return f"{100 * fraction:+.1f} %".replace("-", "−")
@@ -33,8 +22,4 @@ def in_percent(fraction: float) -> str:
 
 def counted(number: int, noun: str) -> str:
     """1 run, 2 runs."""
-    return f"{number} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def _digits(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradlite.evaluate.answers import Answer
+from gradlite.measure.machine import machine
 from gradlite.train.card import Result, model_card
 from gradlite.train.config import TrainConfig
 from gradlite.train.directory import RunDirectory
@@ -34,7 +36,8 @@ def save_outputs(
         tokenizer.save_pretrained(folder)
         write_text(folder / "README.md", model_card(config, result, versions()))
         draw_loss(directory.read_metrics(), folder / "loss.png")
-    directory.write_record({"status": "finished", **asdict(result), "versions": versions()})
+    origin = {"versions": versions(), "machine": machine(), "date": time.strftime("%Y-%m-%d")}
+    directory.write_record({"status": "finished", **asdict(result), **origin})
 
 
 def versions() -> dict[str, str]:
