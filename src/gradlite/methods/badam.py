@@ -69,7 +69,7 @@ class BAdam(Method):
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        self._trained = [parameter for _, parameter in self.optimizer.named_parameters_list]
+        self._unfrozen = [parameter for _, parameter in self.optimizer.named_parameters_list]
 
     def step(self) -> None:
         with _quiet():
@@ -105,9 +105,14 @@ class BAdam(Method):
             group.update(saved)
 
     def finish(self) -> nn.Module:
-        for parameter in self._trained:
+        for parameter in self._unfrozen:
             parameter.requires_grad_(True)
         return super().finish()
+
+    def trained(self) -> list[nn.Parameter]:
+        prefixes = [prefix for block in self.optimizer.block_prefix_list for prefix in block]
+        named = self.optimizer.named_parameters_list
+        return [parameter for name, parameter in named if any(prefix in name for prefix in prefixes)]
 
     def _state(self) -> Any:
         return [self.optimizer.base_optimizer.state, self.optimizer.param_idx2hp]

@@ -130,6 +130,10 @@ class Method(ABC):  # noqa: B024 - nothing is abstract: the base does the plain 
             switch_checkpointing(self.model, on=False)
         return self.model
 
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that the method changes, sooner or later."""
+        return [parameter for _, parameter in trainable(self.model)]
+
     def state_bytes(self) -> dict[str, int]:
         """Bytes that live now: ``optimizer`` (all that training keeps from step to step) and ``gradients``."""
         return {"optimizer": live_bytes(self._state()), "gradients": live_bytes(p.grad for p in self.model.parameters())}

@@ -8,6 +8,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gradlite.measure.memory import peak_memory_bytes
+from gradlite.methods.method import Method
+from gradlite.train.method_optimizer import MethodOptimizer
 
 MAX_SKIPPED_IN_A_ROW = 10
 _SMOOTHING = 0.9  # of the speed and the time left that are shown
@@ -15,7 +17,7 @@ _SMOOTHING = 0.9  # of the speed and the time left that are shown
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step. `loss` and `grad_norm` are not finite where the step was skipped."""
+    """One step. `loss` is not finite where it was skipped; `grad_norm` neither, nor where a method keeps no gradient."""
 
     step: int
     num_steps: int
@@ -63,11 +65,11 @@ class RunCallback(TrainerCallback):
         rate = (state.num_input_tokens_seen - self._tokens_before) / seconds
         self._smooth_rate = _smoothed(self._smooth_rate, rate)
         self._smooth_seconds = _smoothed(self._smooth_seconds, seconds)
-        optimizer = _unwrapped(objects["optimizer"])
-        self.skipped_steps = optimizer.skipped_steps
-        if optimizer.skipped_in_a_row:  # a checkpoint written now could push a good one out
+        method = _method_of(objects["optimizer"])
+        self.skipped_steps = method.skipped_steps
+        if method.skipped_in_a_row:  # a checkpoint written now could push a good one out
             control.should_save = False
-        if optimizer.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        if method.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             self.gave_up = True
             control.should_training_stop = True
             control.should_evaluate = False
@@ -106,8 +108,8 @@ def _smoothed(before: float, now: float) -> float:
     return now if before == 0 else _SMOOTHING * before + (1 - _SMOOTHING) * now
 
 
-def _unwrapped(optimizer: Any) -> Any:
-    """The GradLite optimizer itself: accelerate wraps it."""
-    while hasattr(optimizer, "optimizer"):
+def _method_of(optimizer: Any) -> Method:
+    """The method behind the Trainer's optimizer, which accelerate wraps."""
+    while not isinstance(optimizer, MethodOptimizer):
         optimizer = optimizer.optimizer
-    return optimizer
+    return optimizer.method

@@ -25,6 +25,8 @@ class Result:
     answers_before: list[dict[str, str]]
     answers_after: list[dict[str, str]]
     num_parameters: int
+    method: str
+    full_parameter: bool
     coverage: str
     state_bytes: dict[str, int]
 
@@ -36,7 +38,10 @@ class Result:
 
 def model_card(config: TrainConfig, result: Result, versions: Mapping[str, str]) -> str:
     """README.md in the form that the Hugging Face hub reads."""
-    header = yaml.safe_dump({"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["gradlite"]})
+    library = "transformers" if result.full_parameter or result.method == "badam" else "peft"
+    header = yaml.safe_dump(
+        {"base_model": config.model, "library_name": library, "pipeline_tag": "text-generation", "tags": ["gradlite"]}
+    )
     questions = "\n".join(
         _question(before, after) for before, after in zip(result.answers_before, result.answers_after, strict=True)
     )
@@ -45,7 +50,7 @@ def model_card(config: TrainConfig, result: Result, versions: Mapping[str, str])
 
 # {config.run_name}
 
-`{config.model}`, all of its weights fine-tuned on `{config.dataset}` with GradLite.
+{_how(config, result)}
 
 | held-out loss ({result.held_out_tokens:,} tokens) | nats per token |
 |---|---|
@@ -74,6 +79,12 @@ Made with {", ".join(f"{name} {version}" for name, version in versions.items())}
 ## Held-out questions
 {questions}
 """
+
+
+def _how(config: TrainConfig, result: Result) -> str:
+    what = ", all of its weights" if result.full_parameter else ""
+    way = "GradLite" if result.method == "gradlite" else f"GradLite's front end and the method `{result.method}`"
+    return f"`{config.model}`{what} fine-tuned on `{config.dataset}` with {way}."
 
 
 def _listed(lines: str) -> str:

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic.fields import FieldInfo
 
 from gradlite.errors import GradLiteError
+from gradlite.methods import names
 from gradlite.train.yaml_file import read_mapping
 
 MODEL_AND_DATA = "Model and data"
@@ -149,6 +150,13 @@ class TrainConfig(BaseModel):
         True, GRADLITE, "true or false", "Round bf16 weights stochastically, so that small updates are not lost."
     )
 
+    method: str = _setting("gradlite", TRAINING, f"one of {', '.join(names())}", f"Way to train: {', '.join(names())}.")
+    method_options: dict[str, Any] | None = _setting(
+        None,
+        TRAINING,
+        "a mapping of the method's options such as {rank: 8}, or none",
+        "Options of --method, as a mapping: {rank: 8}. GradLite's are flags of their own.",
+    )
     lr: float = _setting(1e-4, TRAINING, "a number above 0", "Peak learning rate, on AdamW's usual scale.", gt=0)
     batch_size: int = _setting(4, TRAINING, "a whole number, 1 or more", "Sequences in one micro-batch.", ge=1)
     accumulation: int = _setting(1, TRAINING, "a whole number, 1 or more", "Micro-batches in one step.", ge=1)
@@ -166,8 +174,12 @@ class TrainConfig(BaseModel):
         "Warm-up: a fraction of the run (below 1), or a number of steps.",
     )
     weight_decay: float = _setting(0.0, TRAINING, "a number, 0 or more", "Decoupled weight decay.", ge=0)
-    max_grad_norm: float = _setting(
-        1.0, TRAINING, "a number, 0 or more", "Clip the gradient to this norm; 0: no clipping.", ge=0
+    max_grad_norm: float | None = _setting(
+        None,
+        TRAINING,
+        "a number, 0 or more, or none",
+        "Clip the gradient to this norm; 0: no clipping; none: 1 where the method can clip.",
+        ge=0,
     )
     dtype: Literal["bfloat16", "float32"] = _setting(
         "bfloat16", TRAINING, "'bfloat16' or 'float32'", "Number format of the weights and of the computation."
@@ -224,13 +236,20 @@ class TrainConfig(BaseModel):
                 return None
             if key in ("include", "exclude"):
                 return [text]
-            if key == "hold" and text.startswith("{"):
+            if key in ("hold", "method_options") and text.startswith("{"):
                 return _mapping(text)
             if key == "betas":
                 return [part.strip() for part in text.split(",")]
             if kinds == {int, float}:
                 return _int_or_float(text)
         return value
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, method: str) -> str:
+        if method not in names():
+            raise ValueError("unknown method")
+        return method
 
     @field_validator("rank")
     @classmethod
@@ -271,6 +290,27 @@ class TrainConfig(BaseModel):
             raise ValueError("resume and overwrite exclude each other: give one of them.")
         return self
 
+    @model_validator(mode="after")
+    def _settings_of_the_method(self) -> Self:
+        options = self.method_options or {}
+        own = next((str(key) for key in options if key in ("lr", "weight_decay")), None)
+        if own:
+            raise ValueError(f"method_options must not hold {own!r}, which is a key of its own: give {flag_of(own)}.")
+        if self.method == "gradlite":
+            if options:
+                raise ValueError(
+                    f"method_options must be none with method 'gradlite', whose settings are keys of their own: "
+                    f"give {flag_of(str(next(iter(options))))}."
+                )
+            return self
+        for key, field in TrainConfig.model_fields.items():
+            if group_of(field) == GRADLITE and getattr(self, key) != field.get_default(call_default_factory=True):
+                raise ValueError(
+                    f"{flag_of(key)} is a setting of method 'gradlite', not of {self.method!r}: leave it out "
+                    "(--method-options takes the method's own)."
+                )
+        return self
+
     @property
     def run_name(self) -> str:
         """`name`, or else one made from model, dataset and seed: equal settings give an equal name."""
@@ -286,6 +326,12 @@ class TrainConfig(BaseModel):
         keys = [key for key, field in TrainConfig.model_fields.items() if group_of(field) == GRADLITE]
         keywords = {key: getattr(self, key) for key in [*keys, "lr", "weight_decay", "seed"]}
         return {key: (value or None) if isinstance(value, list) else value for key, value in keywords.items()}
+
+    def method_keywords(self) -> dict[str, Any]:
+        """The keywords of `gradlite.methods.build(method, model, **keywords)`."""
+        if self.method == "gradlite":
+            return self.optimizer_keywords()
+        return {"lr": self.lr, "weight_decay": self.weight_decay, **(self.method_options or {})}
 
     def afresh(self) -> Self:
         """The same run without `resume` and `overwrite`, which say what becomes of an earlier one."""

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import gradlite
 from gradlite.errors import GradLiteError
 from gradlite.evaluate.answers import answer_questions
 from gradlite.measure.memory import peak_memory_bytes
+from gradlite.methods.gradlite import GradLite
 from gradlite.train.callback import MAX_SKIPPED_IN_A_ROW, RunCallback, StepReport
 from gradlite.train.card import Result
 from gradlite.train.config import TrainConfig
@@ -26,7 +26,7 @@ from gradlite.train.matmul_caches import limit_matmul_caches
 from gradlite.train.models import load_model_and_tokenizer
 from gradlite.train.out_of_memory import out_of_memory_told
 from gradlite.train.outputs import save_outputs, show_answers, show_result
-from gradlite.train.overview import overview
+from gradlite.train.overview import coverage_of, overview, state_bytes_of
 from gradlite.train.preview import preview
 from gradlite.train.progress import Progress
 from gradlite.train.quiet import quiet_libraries
@@ -75,8 +75,7 @@ class _Run:
         with tempfile.TemporaryDirectory() as scratch:  # the Trainer makes its directory at once; ours is not due yet
             trainer = build_trainer(self.config, model, tokenizer, train, held_out, [self.callback], Path(scratch))
         trainer.args.output_dir = str(self.directory.checkpoints)
-        # The trainer's own references are typed loosely, and accelerate wraps its optimizer.
-        self.model, self.optimizer = model, cast(gradlite.GradLite, trainer.optimizer)
+        self.model, self.method = model, trainer.method
         steps = num_steps(self.config, len(train))
         checkpoint = self.directory.last_checkpoint() if self.config.resume else None
         if self.config.resume and checkpoint is None and not self.directory.is_finished:
@@ -88,6 +87,8 @@ class _Run:
                 return self.directory.path
             if checkpoint is None:
                 raise GradLiteError(f"{str(self.directory.path)!r} is finished and has no checkpoint to go on from.")
+        if checkpoint is not None:
+            _check_readable(checkpoint)
         self._show_plan(trainer, data, tokenizer, len(train), steps)
         before = self._before(trainer, tokenizer, data, checkpoint)
         self.directory.begin(self.config, before, checkpoint)
@@ -107,9 +108,10 @@ class _Run:
         self.console.print(Text("\none example; the loss covers what stands in ⟦⟧:"), style="bold")
         self.console.print(preview(data.train[0], tokenizer, self.config.train_on))
         self.console.print()
-        self._see_shared_inputs(data.train[0].ids[:8])
+        if self.method.name == "gradlite":
+            self._see_shared_inputs(data.train[0].ids[:8])
         device = str(trainer.args.device)
-        self.console.print(overview(self.config, data, self.optimizer, device, num_sequences, steps))
+        self.console.print(overview(self.config, data, self.method, device, num_sequences, steps))
         self.console.print()
 
     def _see_shared_inputs(self, ids: Sequence[int]) -> None:
@@ -141,7 +143,7 @@ class _Run:
         if checkpoint is not None and checkpoint_step(checkpoint) >= steps:  # stopped after its last step: only results are due
             trainer._load_from_checkpoint(str(checkpoint))
             state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
-            self.optimizer.load_state_dict(state)  # for what it counted and holds
+            self.method.load_state_dict(state)  # for what it counted and holds
             trainer.state = type(trainer.state).load_from_json(str(checkpoint / "trainer_state.json"))
         else:
             with self.progress:
@@ -150,7 +152,7 @@ class _Run:
 
     def _check_outcome(self, trainer: GradLiteTrainer) -> None:
         """Raise `GradLiteError` where the run went bad: nothing of it may pass as a trained model."""
-        skipped = self.optimizer.skipped_steps
+        skipped = self.method.skipped_steps
         if self.callback.gave_up:
             self._give_up(f"{MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or a gradient that was not finite")
         if skipped and skipped >= trainer.state.global_step:
@@ -177,12 +179,12 @@ class _Run:
         if not math.isfinite(loss):
             self._give_up(f"the held-out loss is {loss}")
         answers = answer_questions(self.model, tokenizer, data.held_out)
-        coverage, state_bytes = self.optimizer.coverage, self.optimizer.state_bytes()
-        gradlite.detach(self.model)
+        coverage, state_bytes = coverage_of(self.method), state_bytes_of(self.method)
+        finished = cast(PreTrainedModel, self.method.finish())
         self.model.config.use_cache = True  # which the Trainer turns off
         result = Result(
             steps=trainer.state.global_step,
-            skipped_steps=self.optimizer.skipped_steps,
+            skipped_steps=self.method.skipped_steps,
             num_tokens=trainer.state.num_input_tokens_seen,
             seconds=seconds,
             peak_memory_bytes=peak_memory_bytes(trainer.args.device),
@@ -191,11 +193,13 @@ class _Run:
             held_out_tokens=before["held_out_tokens"],
             answers_before=before["answers_before"],
             answers_after=[answer.as_dict() for answer in answers],
-            num_parameters=coverage.num_elements(),
-            coverage=str(coverage),
+            num_parameters=self.model.num_parameters(),
+            method=self.method.name,
+            full_parameter=self.method.claims.full_parameter,
+            coverage=coverage,
             state_bytes=state_bytes,
         )
-        save_outputs(self.directory, self.config, self.model, tokenizer, result)
+        save_outputs(self.directory, self.config, finished, tokenizer, result)
         show_answers(self.console, result.answers_before, answers)
         show_result(self.console, result, self.directory.path)
         return self.directory.path
@@ -219,7 +223,7 @@ class _Run:
             }
         )
         if report.step % ENERGY_EVERY == 0 or report.step == report.num_steps:
-            energy = self.optimizer.energy() if isinstance(self.optimizer, gradlite.GradLite) else {}
+            energy = self.method.optimizer.energy() if isinstance(self.method.optimizer, GradLite) else {}
             if energy:
                 rounded = {name: round(share, 4) for name, share in energy.items()}
                 self.directory.append_metrics({"step": report.step, "energy": rounded})

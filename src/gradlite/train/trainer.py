@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -22,19 +22,27 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 import gradlite
 from gradlite.errors import GradLiteError
 from gradlite.evaluate.held_out import HeldOutLoss, held_out_loss
+from gradlite.methods.method import Method
 from gradlite.train.config import TrainConfig
 from gradlite.train.loss import summed_loss
+from gradlite.train.method_optimizer import MethodOptimizer
 
 NUM_CHECKPOINTS_KEPT = 2
 
 
 class GradLiteTrainer(Trainer):
-    """One run's training loop. `held_out` rows are never packed; `evaluate` returns eval_loss and eval_tokens."""
+    """One run's loop around a method. `held_out` rows are never packed; `evaluate` returns eval_loss and eval_tokens."""
 
     def __init__(
-        self, *, held_out: datasets.Dataset, held_out_collator: DataCollatorForLanguageModeling, **options: Any
+        self,
+        *,
+        method: Method,
+        held_out: datasets.Dataset,
+        held_out_collator: DataCollatorForLanguageModeling,
+        **options: Any,
     ) -> None:
-        super().__init__(**options)
+        super().__init__(model=method.model, optimizers=(MethodOptimizer(method), None), **options)
+        self.method = method
         self.held_out = held_out
         self.held_out_collator = held_out_collator
         # The loss below shifts the labels, and divides by the number of tokens of all micro-batches of a step.
@@ -45,8 +53,24 @@ class GradLiteTrainer(Trainer):
 
     @property
     def _network(self) -> nn.Module:
-        assert isinstance(self.model, nn.Module)
-        return self.model
+        """What computes the loss: inside PEFT's wrapper, whose signature hides which arguments the model takes."""
+        model: Any = self.method.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One micro-batch, whose backward pass is the method's: it may update the weights."""
+        model.train()
+        loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=num_items_in_batch)
+        self.method.backward(loss)
+        return loss.detach()
+
+    def _clip_grad_norm(self, model: nn.Module) -> float:
+        return self.method.clip(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float:
+        return self.method.clip(0.0) if grad_norm is None else grad_norm
 
     def compute_loss(
         self,
@@ -61,7 +85,7 @@ class GradLiteTrainer(Trainer):
         """
         if return_outputs:
             raise NotImplementedError("most positions' logits are never computed, so there are no outputs to return")
-        total, num_tokens = summed_loss(model, inputs)
+        total, num_tokens = summed_loss(self._network, inputs)
         loss = total / (num_tokens if num_items_in_batch is None else num_items_in_batch)
         return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
@@ -130,7 +154,7 @@ def build_trainer(
     callbacks: Sequence[TrainerCallback],
     checkpoint_dir: Path,
 ) -> GradLiteTrainer:
-    """A trainer for `config`, its optimizer created and the model attached. Raises the optimizer's `GradLiteError`."""
+    """A trainer for `config` and its method, built on `model`. Raises the method's `GradLiteError`."""
     arguments = TrainingArguments(
         output_dir=str(checkpoint_dir),
         per_device_train_batch_size=config.batch_size,
@@ -142,7 +166,6 @@ def build_trainer(
         weight_decay=config.weight_decay,
         lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
         warmup_steps=config.warmup,
-        max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         bf16=False,  # the weights themselves are bf16; no autocast
         logging_steps=1,
@@ -161,9 +184,15 @@ def build_trainer(
         raise GradLiteError("GradLite trains in one process on one device; start it without torchrun or accelerate launch.")
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # as the Trainer does for models that must not be copied onto several devices
+    set_seed(config.seed)  # adapters begin at random
+    network: nn.Module = model
+    method = gradlite.methods.build(config.method, network.to(arguments.device), **config.method_keywords())
+    _check_claims(config, method)
+    can_clip = 1.0 if method.claims.clipping else 0.0
+    arguments.max_grad_norm = can_clip if config.max_grad_norm is None else config.max_grad_norm
     pad_token_id = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     trainer = GradLiteTrainer(
-        model=model,
+        method=method,
         args=arguments,
         train_dataset=train,
         eval_dataset=held_out,
@@ -172,11 +201,23 @@ def build_trainer(
         held_out=held_out,
         held_out_collator=DataCollatorForLanguageModeling(pad_token_id),
         callbacks=list(callbacks),
-        optimizer_cls_and_kwargs=(gradlite.optimizer_factory, config.optimizer_keywords()),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.create_optimizer()
     return trainer
+
+
+def _check_claims(config: TrainConfig, method: Method) -> None:
+    """Raise `GradLiteError` for settings that the method cannot follow."""
+    if config.max_grad_norm and not method.claims.clipping:
+        raise GradLiteError(
+            f"method {method.name!r} cannot clip the gradient, so --max-grad-norm must be left out or 0"
+            f"{method.clipping_instead}."
+        )
+    if config.accumulation > 1 and not method.claims.accumulation:
+        raise GradLiteError(
+            f"method {method.name!r} cannot accumulate gradients, so --accumulation must be 1, not {config.accumulation}; "
+            "a larger --batch-size does the same where memory allows it."
+        )
 
 
 def num_steps(config: TrainConfig, num_sequences: int) -> int:
