@@ -38,7 +38,7 @@ def compare(
     seeds: Annotated[str | None, _option("NUMBERS", "Seeds; the first one tries all rates, such as 0,1,2.")] = None,
     batch_size: Annotated[int | None, _option("INTEGER", "Sequences in one step.")] = None,
     seq_len: Annotated[int | None, _option("INTEGER", "Longest sequence, in tokens.")] = None,
-    dtype: Annotated[str | None, _option("CHOICE", "Number format of the weights (bfloat16, float32).")] = None,
+    dtype: Annotated[str | None, _option("CHOICE", "bfloat16, float32, or mixed (float32 weights).")] = None,
     output_dir: Annotated[
         Path | None, _option("PATH", "Directory of records, tables and figures (default: runs/compare/NAME).", "Output")
     ] = None,

@@ -16,11 +16,11 @@ from gradlite.train.models import load_model_and_tokenizer
 from gradlite.train.quiet import quiet_libraries
 from gradlite.train.words import in_time
 
-_PASSES = 8
-"""Floating-point operations a parameter and token: forward 2, backward 4, and 2 of the forward pass computed again."""
+_OPERATIONS = 6
+"""Floating-point operations a parameter and token: 2 in the forward pass and 4 in the backward pass."""
 
-_OVERHEAD = 2.0
-"""A step's time over that of its large matrix products (measured on SmolLM2: 1.7 to 2.5)."""
+_OVERHEAD = 1.5
+"""A step's time over that of its large matrix products alone, roughly: it differs from method to method."""
 
 _NUM_PRODUCTS = 20
 
@@ -55,9 +55,9 @@ def show_runs(experiments: Sequence[Experiment], output_dir: Path, console: Cons
 
 def _seconds(experiment: Experiment, num_tokens: int, console: Console) -> float:
     with quiet_libraries(console):
-        model, _ = load_model_and_tokenizer(experiment.model, experiment.dtype)
+        model, _ = load_model_and_tokenizer(experiment.model, experiment.weights_dtype)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return _OVERHEAD * _PASSES * num_parameters * num_tokens / _operations_per_second(next(model.parameters()).dtype)
+    return _OVERHEAD * _OPERATIONS * num_parameters * num_tokens / _operations_per_second(next(model.parameters()).dtype)
 
 
 def _operations_per_second(dtype: torch.dtype) -> float:

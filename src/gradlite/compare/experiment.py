@@ -22,6 +22,9 @@ PRESETS: Mapping[str, Mapping[int, str]] = {
 }
 """The experiments of each preset, by the number of the table that they make."""
 
+_FLAGS = {"learning_rates": "--lr"}
+"""Keys whose flag has another name."""
+
 Kind = Literal["memory", "quality", "ablation"]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -59,7 +62,7 @@ class Experiment(_Part):
     held_out_from_last: int = Field(ge=0)
     held_out_rows: int = Field(ge=0)
     full_rows: bool
-    dtype: Literal["bfloat16", "float32"]
+    dtype: Literal["bfloat16", "float32", "mixed"]
     batch_size: int = Field(ge=1)
     seq_len: int = Field(ge=2)
     steps: int = Field(ge=1)
@@ -93,6 +96,11 @@ class Experiment(_Part):
         return found
 
     @property
+    def weights_dtype(self) -> str:
+        """Of the weights as they are loaded; the computation of ``mixed`` is in bfloat16."""
+        return "float32" if self.dtype == "mixed" else self.dtype
+
+    @property
     def warmup_steps(self) -> int:
         """Steps until the rate is at its peak."""
         return round(self.warmup * self.steps)
@@ -124,8 +132,11 @@ def load_experiment(source: str | Path, overrides: Mapping[str, Any] | None = No
         return Experiment.model_validate(settings)
     except ValidationError as error:
         problem = error.errors()[0]
-    place = ".".join(map(str, problem["loc"]))
     reason = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else problem["msg"]
+    key = str(problem["loc"][0]) if problem["loc"] else ""
+    if key in (overrides or {}):
+        raise GradLiteError(f"{_FLAGS.get(key, '--' + key.replace('_', '-'))}: {reason}.")
+    place = ".".join(map(str, problem["loc"]))
     raise GradLiteError(f"{path.name}: {place + ': ' if place else ''}{reason}.")
 
 

@@ -48,7 +48,8 @@ class Loop:
     """One run's steps.
 
     ``build`` makes the method and its scheduler; it is called under the watch, so that state made then is seen.
-    ``weight_bytes`` and ``anonymous_bytes``: of the model as it was loaded, and of the process at that time.
+    ``precision``: what forward passes run in. ``weight_bytes`` and ``anonymous_bytes``: of the model as it was loaded, and of
+    the process at that time.
     """
 
     def __init__(
@@ -58,12 +59,14 @@ class Loop:
         max_grad_norm: float,
         weight_bytes: int,
         anonymous_bytes: int | None,
+        precision: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._build = build
         self._device = device
         self._max_grad_norm = max_grad_norm
         self._weight_bytes = weight_bytes
         self._anonymous_bytes = anonymous_bytes
+        self._precision = precision
         self._allocator_peak_bytes: int | None = None
         self.measured = Measured()
 
@@ -97,7 +100,8 @@ class Loop:
         )
         with marks as mark:
             inputs: dict[str, Any] = {key: part.to(self._device) for key, part in batch.items()}
-            loss = method.model(**inputs, use_cache=False).loss
+            with self._precision():
+                loss = method.model(**inputs, use_cache=False).loss
             if mark is not None:
                 mark.forward_ended()
             method.backward(loss)

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -85,6 +86,7 @@ class _Run:
         self.loop: Loop | None = None
         self.options: dict[str, Any] = dict(spec.options)
         self.held_out: list[HeldOut] = []
+        self.is_mixed = spec.dtype == "mixed"
 
     def do(self) -> dict[str, Any]:
         """Train, and return what was measured, as keywords of the record."""
@@ -97,7 +99,7 @@ class _Run:
         anonymous = anonymous_bytes() if self.device.type == "cpu" else None
         before = self._evaluate(self.model, rows.held_out, step=0, seconds=0.0)
         self.model.train()
-        loop = self.loop = Loop(self._build, self.device, spec.max_grad_norm, weights, anonymous)
+        loop = self.loop = Loop(self._build, self.device, spec.max_grad_norm, weights, anonymous, self._precision)
         batches: list[Mapping[str, Tensor]] = [self.collate(list(step)) for step in rows.steps]
         method = loop.run(batches, _tell)
         after = self._evaluate(method.model, rows.held_out, step=spec.steps, seconds=sum(loop.measured.seconds))
@@ -128,7 +130,7 @@ class _Run:
 
     def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model on its device, every weight in memory of its own: a mapped file would count when it is written to."""
-        model, tokenizer = load_model_and_tokenizer(self.spec.model, self.spec.dtype)
+        model, tokenizer = load_model_and_tokenizer(self.spec.model, "float32" if self.is_mixed else self.spec.dtype)
         model.config.use_cache = False
         with torch.no_grad():
             for parameter in model.parameters():
@@ -144,10 +146,15 @@ class _Run:
         scheduler: LRScheduler = get_scheduler(name, method.optimizer, spec.warmup_steps, spec.steps)
         return method, scheduler
 
+    def _precision(self) -> AbstractContextManager[object]:
+        """What forward passes run in."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.is_mixed else contextlib.nullcontext()
+
     def _evaluate(self, model: Any, rows: Sequence[TokenRow], step: int, seconds: float) -> HeldOutLoss | None:
         if not rows:
             return None
-        result = held_out_loss(model, rows, self.collate, summed_loss, self.spec.batch_size, self.device)
+        with self._precision():
+            result = held_out_loss(model, rows, self.collate, summed_loss, self.spec.batch_size, self.device)
         finite = result.loss == result.loss and abs(result.loss) != float("inf")
         self.held_out.append(HeldOut(step=step, loss=result.loss if finite else None, seconds=seconds))
         return result

@@ -1,0 +1,128 @@
+"""`gradlite compare`: flags become experiments, a mistake is one sentence, an interrupted comparison says how to go on."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from gradlite.cli.app import main
+from gradlite.compare import runner as runner_module
+from gradlite.compare.experiment import Experiment
+from gradlite.compare.record import HeldOut, Record
+from gradlite.compare.runs import sweep
+from gradlite.errors import GradLiteError
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+class FakeRunner:
+    """Has every run of the sweeps done at once."""
+
+    seen: ClassVar[list[Experiment]] = []
+    command = ""
+    output_dir = Path()
+    error: BaseException | None = None
+
+    def __init__(self, output_dir: Path, command: str, _console: object, on_record: object, retry_failed: bool) -> None:
+        assert callable(on_record)
+        self.on_record = on_record
+        type(self).command, type(self).output_dir = command, output_dir
+
+    def run(self, experiments: Sequence[Experiment]) -> list[Record]:
+        type(self).seen = list(experiments)
+        if self.error is not None:
+            raise self.error
+        records = [
+            spec.record("ok", held_out=[HeldOut(step=spec.steps, loss=1.0, seconds=1.0)])
+            for experiment in experiments
+            for spec in sweep(experiment)
+        ]
+        self.on_record(records)
+        return records
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runner_module, "Runner", FakeRunner)
+    monkeypatch.setattr(FakeRunner, "error", None)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gradlite", "compare", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def test_without_flags_the_papers_three_tables(call: Call) -> None:
+    code, out, err = call()
+    assert (code, err) == (0, "")
+    assert [experiment.kind for experiment in FakeRunner.seen] == ["memory", "quality", "ablation"]
+    assert FakeRunner.output_dir == Path("runs/compare/paper-small")
+    assert (FakeRunner.output_dir / "tables.md").is_file()
+    assert "Held-out loss" in out
+
+
+def test_flags_override_the_preset(call: Call, tmp_path: Path) -> None:
+    data = tmp_path / "secret" / "mine.jsonl"
+    flags = "--tables 2,3 --methods adamw,gradlite --steps 7 --lr 1e-4,3e-4 --seeds 5 --batch-size 2 --seq-len 64"
+    code, _, _ = call(*flags.split(), f"--dataset={data}", "--model", "some/model", "--output-dir", str(tmp_path / "out"))
+    assert code == 0
+    quality, ablation = FakeRunner.seen
+    assert [entry.method for entry in quality.methods] == ["adamw", "gradlite"]
+    assert {entry.method for entry in ablation.methods} == {"gradlite"}
+    assert (quality.steps, quality.seeds, quality.batch_size, quality.seq_len) == (7, [5], 2, 64)
+    assert quality.rates_of(quality.methods[0]) == [1e-4, 3e-4]
+    assert (quality.dataset, quality.model) == (str(data), "some/model")
+    assert FakeRunner.command == f"gradlite compare {flags} --dataset=mine.jsonl --model some/model --output-dir out"
+
+
+def test_an_experiment_file(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(json.dumps({"methods": [{"label": "A", "method": "adamw"}], "steps": 3}))
+    code, _, _ = call("--experiment", "mine.yaml")
+    assert code == 0
+    assert [(one.name, one.steps) for one in FakeRunner.seen] == [("mine", 3)]
+    assert FakeRunner.output_dir == Path("runs/compare/mine")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--preset paper", "there is no preset 'paper'"),
+        ("--methods adamv", "unknown method 'adamv'; did you mean"),
+        ("--methods zzz", "unknown method 'zzz'; known are adamw,"),
+        ("--lr fast", "--lr is 'fast', but it must be numbers"),
+        ("--lr -1", "--lr: Input should be greater than 0"),
+        ("--steps 0", "--steps: Input should be greater than or equal to 1"),
+        ("--steps three", "Invalid value for '--steps'"),
+        ("--preset paper-small --experiment x.yaml", "--preset and --experiment exclude each other"),
+        ("--experiment x.yaml --tables 1", "--tables belongs to --preset"),
+        ("--experiment none.yaml", "none.yaml cannot be read"),
+        ("--stepz 3", "No such option: --stepz"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(call: Call, arguments: str, sentence: str) -> None:
+    code, out, err = call(*arguments.split())
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+def test_an_interrupted_comparison_says_how_to_go_on(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRunner, "error", KeyboardInterrupt())
+    code, _, err = call("--tables", "2")
+    assert code == 130
+    assert "the same command goes on" in err
+
+
+def test_an_error_of_the_comparison_is_told(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRunner, "error", GradLiteError("there is no data."))
+    assert call("--tables", "2")[::2] == (2, "error: there is no data.\n")

@@ -1,0 +1,69 @@
+"""Experiment files: defaults, overrides, and mistakes in one sentence."""
+
+from pathlib import Path
+
+import pytest
+
+from gradlite.compare.experiment import PRESETS, choose_experiments, load_experiment
+from gradlite.errors import GradLiteError
+from gradlite.methods import names
+
+
+def test_every_shipped_experiment_can_be_run() -> None:
+    for preset in PRESETS:
+        for experiment in choose_experiments(preset, None, None, {}):
+            labels = {entry.label for entry in experiment.methods}
+            assert {entry.method for entry in experiment.methods} <= set(names())
+            assert set(experiment.baselines) <= labels
+            sizes = {len(experiment.rates_of(entry)) for entry in experiment.methods}
+            assert sizes == ({1} if experiment.kind == "memory" else {3})  # every method tries as many rates
+
+
+def test_every_method_has_a_sweep_of_its_own() -> None:
+    assert set(load_experiment("paper-small-quality").rates) == set(names())
+
+
+def test_a_file_overrides_the_default_and_flags_override_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("steps: 7\nseq_len: 32\nrates: {lora: [1e-3]}\nmethods: [{label: LoRA, method: lora}]\nseeds: [4]\n")
+    experiment = load_experiment(file, {"steps": 9})
+    assert (experiment.name, experiment.steps, experiment.seq_len, experiment.seeds) == ("mine", 9, 32, [4])
+    assert experiment.batch_size == 4  # the default's
+    assert experiment.rates_of(experiment.methods[0]) == [1e-3]
+    assert experiment.rates["adamw"] == [6e-5, 1.5e-4, 4e-4]  # other methods keep theirs
+    swept = load_experiment(file, {"learning_rates": [0.1, 0.2]})
+    assert swept.rates_of(swept.methods[0]) == [0.1, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("step: 3", "unknown key 'step' in .*; did you mean 'steps'?"),
+        ("steps: 0", "mine.yaml: steps: Input should be greater than or equal to 1"),
+        ("methods: []", "methods: List should have at least 1 item"),
+        ("methods: [{label: A, method: x}]", "there are no learning rates for method 'x'"),
+        ("methods: [{label: A b, method: adamw}, {label: a-B, method: lora}]", "two methods have the label 'A b'"),
+        ("held_out_rows: 600\nmethods: [{label: A, method: adamw}]", "held_out_rows is 600, more than"),
+        ("held_out_rows: 0\nmethods: [{label: A, method: adamw}]", "several learning rates need held_out_rows"),
+    ],
+)
+def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(GradLiteError, match=sentence) as told:
+        load_experiment(file)
+    assert "\n" not in str(told.value)
+
+
+def test_a_choice_of_methods() -> None:
+    memory, quality = choose_experiments("paper-small", [1, 2], ["adamw", "foam"], {})
+    assert [entry.label for entry in memory.methods] == ["AdamW", "foam"]
+    assert [entry.label for entry in quality.methods] == ["AdamW", "foam"]
+    (ablation,) = choose_experiments("paper-small", [3], ["full, r = 8"], {})
+    assert [entry.options["rank"] for entry in ablation.methods] == [8]
+    with pytest.raises(GradLiteError, match="no chosen table has any of the methods foam"):
+        choose_experiments("paper-small", [3], ["foam"], {})
+    with pytest.raises(GradLiteError, match="has no table 4"):
+        choose_experiments("paper-small", [4], None, {})
+    with pytest.raises(GradLiteError, match="there is no preset 'paper'"):
+        choose_experiments("paper", None, None, {})

@@ -1,0 +1,75 @@
+"""Files beside the records: tables, and figures where there is something to draw."""
+
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from gradlite.compare.experiment import Experiment, load_experiment
+from gradlite.compare.outputs import draw_figures, tables_of, write_tables
+from gradlite.compare.record import ByCategory, Curve, HeldOut, Memory, Record, Spread
+from gradlite.compare.runs import sweep
+
+
+@pytest.fixture
+def quality() -> Experiment:
+    return load_experiment("paper-small-quality", {"learning_rates": [1e-4], "seeds": [0], "steps": 30})
+
+
+@pytest.fixture
+def records(quality: Experiment) -> list[Record]:
+    """One run a method, the last one failed."""
+    found = []
+    for number, spec in enumerate(sweep(quality)):
+        parts = ByCategory(
+            weights=10**9,
+            gradients=number * 10**8,
+            optimizer_state=2 * 10**8,
+            held_activations=10**8,
+            temporaries=10**8,
+        )
+        total = sum(parts.model_dump().values())
+        found.append(
+            spec.record(
+                "ok",
+                curve=Curve(
+                    step=list(range(1, 31)),
+                    train_loss=[None if step == 7 else 2 - 0.01 * step * (1 + number / 9) for step in range(30)],
+                    seconds=[step * (1.0 + number) for step in range(30)],
+                ),
+                held_out=[HeldOut(step=0, loss=2.0, seconds=0), HeldOut(step=30, loss=1.5 + number / 100, seconds=30)],
+                memory=Memory(peak_bytes=total, peak_above_weights_bytes=total - 10**9, by_category_bytes=parts),
+                tokens_per_second=Spread(median=100 + 20 * number, min=90, max=400),
+            )
+        )
+    return [*found[:-1], sweep(quality)[-1].record("failed", "no such package")]
+
+
+def test_tables_are_files(tmp_path: Path, quality: Experiment, records: list[Record]) -> None:
+    other = load_experiment("paper-small-memory")
+    write_tables(tmp_path / "new", [quality, other], records)
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["paper-small-quality.csv", "tables.md"]
+    text = (tmp_path / "new" / "tables.md").read_text()
+    assert "## Held-out loss" in text
+    assert "| failed: no such package |" in text
+    memory = [record.model_copy(update={"experiment": other.name}) for record in records]
+    assert list(tables_of([quality, other], [*records, *memory])) == [
+        "paper-small-quality",
+        "paper-small-memory",
+        "paper-small-memory-categories",
+    ]
+
+
+def test_figures_are_drawn_of_what_was_measured(tmp_path: Path, quality: Experiment, records: list[Record]) -> None:
+    drawn = draw_figures(tmp_path, [quality], records)
+    assert [path.name for path in drawn] == [f"paper-small-quality-{name}.png" for name in ("memory", "losses", "trade-off")]
+    for path in drawn:
+        assert imread(path).std() > 0.01  # something is on it
+    assert draw_figures(tmp_path, [quality], records[-1:]) == []
+
+
+def test_a_memory_experiment_has_no_curves(tmp_path: Path, records: list[Record]) -> None:
+    memory = load_experiment("paper-small-memory")
+    own = [record.model_copy(update={"experiment": memory.name, "held_out": []}) for record in records]
+    names = [path.name for path in draw_figures(tmp_path, [memory], own)]
+    assert names == ["paper-small-memory-memory.png", "paper-small-memory-trade-off.png"]

@@ -1,0 +1,184 @@
+"""A comparison as a whole: processes, records, going on after a stop, and rows of methods that fail."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from gradlite.compare import runner as runner_module
+from gradlite.compare.experiment import Experiment, load_experiment
+from gradlite.compare.record import HeldOut, Record, read_records, write_record
+from gradlite.compare.runner import Runner
+from gradlite.compare.runs import RunSpec, sweep
+from gradlite.errors import GradLiteError
+
+MakeSpec = Callable[..., RunSpec]
+Process = Callable[[Sequence[str], Any, Callable[[Mapping[str, Any]], None]], int]
+
+
+def experiment(model_dir: Path, sums: Path, **changes: object) -> Experiment:
+    work = {
+        "model": str(model_dir),
+        "dataset": str(sums),
+        "held_out_from_last": 10,
+        "held_out_rows": 2,
+        "dtype": "float32",
+        "seq_len": 96,
+        "steps": 2,
+        "learning_rates": [1e-3],
+        "seeds": [0, 1],
+        "methods": [{"label": "AdamW", "method": "adamw"}, {"label": "GradLite", "method": "gradlite"}],
+        "baselines": ["AdamW"],
+    }
+    return load_experiment("paper-small-quality", {**work, **changes})
+
+
+def make_runner(directory: Path, screen: io.StringIO | None = None, retry_failed: bool = False) -> Runner:
+    console = Console(file=screen or io.StringIO(), width=200)
+    return Runner(directory, "gradlite compare", console, lambda _: None, retry_failed)
+
+
+class Workers:
+    """In the place of processes: writes the record that is asked for, or none and an exit code."""
+
+    def __init__(self, outcome: Callable[[RunSpec], Record | int]) -> None:
+        self.outcome = outcome
+        self.runs: list[str] = []
+
+    def __call__(self, command: Sequence[str], errors: Any, on_step: Callable[[Mapping[str, Any]], None]) -> int:
+        spec = RunSpec.model_validate_json(Path(command[3]).read_text())
+        self.runs.append(spec.run)
+        on_step({"step": 1, "loss": 2.0, "tokens_per_second": 10.0, "peak_bytes": 10})
+        outcome = self.outcome(spec)
+        if isinstance(outcome, int):
+            errors.write("a trace\nthe last line\n")
+            errors.flush()
+            return outcome
+        write_record(Path(command[4]), outcome)
+        return 0
+
+
+def good(spec: RunSpec) -> Record:
+    return spec.record("ok", held_out=[HeldOut(step=spec.steps, loss=1.0, seconds=1.0)])
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[RunSpec], Record | int]], Workers]:
+    def install(outcome: Callable[[RunSpec], Record | int]) -> Workers:
+        made = Workers(outcome)
+        monkeypatch.setattr(runner_module, "_run_process", made)
+        return made
+
+    return install
+
+
+Install = Callable[[Callable[[RunSpec], Record | int]], Workers]
+
+
+@pytest.mark.slow
+def test_a_real_comparison_and_its_continuation(tmp_path: Path, model_dir: Path, sums: Path) -> None:
+    work, screen = experiment(model_dir, sums, seeds=[0]), io.StringIO()
+    records = make_runner(tmp_path, screen).run([work])
+    assert [(record.label, record.status) for record in records] == [("AdamW", "ok"), ("GradLite", "ok")]
+    assert sorted(record.run for record in records) == [record.run for record in read_records(tmp_path / "records")]
+    assert "run 2 of 2  GradLite  rate 0.001  seed 0" in screen.getvalue()
+    assert make_runner(tmp_path).run([work]) == records
+
+
+def test_runs_that_have_a_record_are_not_done_again(tmp_path: Path, model_dir: Path, sums: Path, workers: Install) -> None:
+    work = experiment(model_dir, sums)
+    stopped = workers(lambda spec: good(spec) if spec.label == "AdamW" else _interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        make_runner(tmp_path).run([work])
+    assert len(stopped.runs) == 2
+    second = workers(good)
+    records = make_runner(tmp_path).run([work])
+    assert [record.run.removeprefix("paper-small-quality-") for record in records] == [
+        "adamw-lr0.001-seed0",
+        "gradlite-lr0.001-seed0",
+        "adamw-lr0.001-seed1",
+        "gradlite-lr0.001-seed1",
+    ]
+    assert second.runs == [record.run for record in records[1:]]
+
+
+def _interrupt() -> int:
+    raise KeyboardInterrupt
+
+
+def test_a_method_that_fails_keeps_its_row_and_is_tried_again_only_when_asked(
+    tmp_path: Path, model_dir: Path, sums: Path, workers: Install
+) -> None:
+    work = experiment(model_dir, sums)
+    workers(lambda spec: -signal.SIGKILL if spec.label == "AdamW" else 3)
+    first, second = make_runner(tmp_path).run([work])
+    assert (first.status, first.label) == ("out_of_memory", "AdamW")
+    assert first.reason is not None
+    assert "SIGKILL" in first.reason
+    assert (second.status, second.reason) == ("failed", "the process ended with exit code 3: the last line")
+    again = workers(good)
+    assert [record.status for record in make_runner(tmp_path).run([work])] == ["out_of_memory", "failed"]
+    assert again.runs == []
+    assert {record.status for record in make_runner(tmp_path, retry_failed=True).run([work])} == {"ok"}
+    assert len(again.runs) == 4
+
+
+def test_what_no_run_can_have_stops_everything(tmp_path: Path, model_dir: Path, sums: Path, workers: Install) -> None:
+    only = workers(lambda _: 2)
+    with pytest.raises(GradLiteError, match="the last line"):
+        make_runner(tmp_path).run([experiment(model_dir, sums)])
+    assert len(only.runs) == 1
+
+
+def test_records_of_other_work_are_refused(tmp_path: Path, model_dir: Path, sums: Path, workers: Install) -> None:
+    workers(good)
+    make_runner(tmp_path).run([experiment(model_dir, sums)])
+    with pytest.raises(GradLiteError, match=r"is the record of other work \(its steps differs\)"):
+        make_runner(tmp_path).run([experiment(model_dir, sums, steps=3)])
+
+
+def test_the_count_of_runs_covers_all_experiments(tmp_path: Path, model_dir: Path, sums: Path, workers: Install) -> None:
+    workers(good)
+    first = experiment(model_dir, sums)
+    second = experiment(model_dir, sums, name="other", seeds=[0])
+    screen = io.StringIO()
+    make_runner(tmp_path, screen).run([first, second])
+    shown = [line.split("  ")[0] for line in screen.getvalue().splitlines()]
+    assert shown == [f"run {number} of 6" for number in range(1, 7) for _ in range(2)]
+
+
+def test_an_interrupted_worker_is_ended(make_spec: MakeSpec, tmp_path: Path) -> None:
+    """The process itself is interrupted while its worker waits: the worker must be gone afterwards."""
+    program = (
+        "import os, sys\nfrom gradlite.compare.runner import _run_process\n"
+        'worker = \'import os, time; print("step {}", flush=True); open(%r, "w").write(str(os.getpid())); time.sleep(60)\'\n'
+        "try:\n    _run_process([sys.executable, '-c', worker % sys.argv[1]], sys.stderr, lambda step: None)\n"
+        "except KeyboardInterrupt:\n    print('stopped')"
+    )
+    note = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, "-c", program, str(note)], stdout=subprocess.PIPE, text=True)
+    while not (note.exists() and note.read_text()):
+        assert parent.poll() is None
+    parent.send_signal(signal.SIGINT)
+    out, _ = parent.communicate(timeout=30)
+    assert out == "stopped\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(note.read_text()), 0)
+
+
+def test_sweeps_are_checked_before_anything_runs(tmp_path: Path, model_dir: Path, sums: Path, workers: Install) -> None:
+    work = experiment(model_dir, sums)
+    broken = tmp_path / "records" / f"{sweep(work)[-1].run}.json"
+    broken.parent.mkdir()
+    broken.write_text("{")
+    only = workers(good)
+    with pytest.raises(GradLiteError, match="is no whole record"):
+        make_runner(tmp_path).run([work])
+    assert only.runs == []

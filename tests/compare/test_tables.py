@@ -1,0 +1,124 @@
+"""Records → tables: medians, ratios, spreads, and rows of what failed."""
+
+import csv
+import io
+from typing import Any
+
+from gradlite.compare.record import ByCategory, HeldOut, Memory, Record, Spread
+from gradlite.compare.tables import NONE, Table, category_table, memory_table, quality_table, to_csv, to_markdown
+
+
+def record(label: str, lr: float = 1e-4, seed: int = 0, loss: float | None = None, **changes: Any) -> Record:
+    keys: dict[str, Any] = {
+        "experiment": "e",
+        "run": f"{label}-{lr}-{seed}",
+        "label": label,
+        "method": "adamw",
+        "model": "m",
+        "dataset": "d",
+        "dtype": "float32",
+        "lr": lr,
+        "seed": seed,
+        "batch_size": 2,
+        "seq_len": 8,
+        "steps": 3,
+        "schedule": "cosine",
+        "warmup_steps": 1,
+        "status": "ok",
+    }
+    if loss is not None:
+        keys["held_out"] = [HeldOut(step=0, loss=3.0, seconds=0), HeldOut(step=3, loss=loss, seconds=1)]
+    return Record.model_validate({**keys, **changes})
+
+
+def measured(label: str, gigabytes: float, speed: float, seed: int = 0, **changes: Any) -> Record:
+    above = int(gigabytes * 1e9)
+    parts = ByCategory(
+        weights=10**9, gradients=above // 2, optimizer_state=above // 2, held_activations=0, temporaries=above % 2
+    )
+    memory = Memory(
+        peak_bytes=10**9 + above,
+        peak_above_weights_bytes=above,
+        by_category_bytes=parts,
+        process_peak_above_weights_bytes=2 * above,
+    )
+    spread = Spread(median=speed, min=speed - 1, max=speed + 1)
+    speeds = {"tokens_per_second": spread, "samples_per_second": spread}
+    return record(label, seed=seed, **{"memory": memory, **speeds, **changes})
+
+
+def cell(table: Table, row: str, column: str) -> str:
+    return next(cells for cells in table.rows if cells[0] == row)[table.columns.index(column)]
+
+
+def test_memory_and_throughput() -> None:
+    records = [
+        *(
+            measured("base", gigabytes, speed, seed)
+            for seed, (gigabytes, speed) in enumerate([(2.0, 90), (2.1, 100), (9.0, 120)])
+        ),
+        measured("ours", 0.84, 160),
+        record("bad", status="out_of_memory", reason="too much"),
+        record("bad", seed=1, status="out_of_memory", reason="too much"),
+    ]
+    table = memory_table(records, "T", ["base", "absent"])
+    assert cell(table, "base", "Peak above weights (GB)") == "2.100"
+    assert cell(table, "base", "Tokens/s (runs' range)") == "90.0–120.0"
+    assert cell(table, "base", "Runs") == "3"
+    assert cell(table, "ours", "Peak / base") == "0.40"
+    assert cell(table, "ours", "Tokens/s / base") == "1.60"
+    assert cell(table, "ours", "Process peak above weights (GB)") == "1.680"
+    assert cell(table, "bad", "Peak above weights (GB)") == NONE
+    assert cell(table, "bad", "Tokens/s / base") == NONE
+    assert cell(table, "bad", "Remark") == "out of memory: too much"
+    assert cell(table, "bad", "Runs") == "0"
+    assert "Peak / absent" not in table.columns
+    assert table.notes == ("m on d, float32, 3 steps of 2 × 8 tokens at most.",)
+
+
+def test_bytes_by_category() -> None:
+    table = category_table([measured("a", 2.0, 1), record("bad", status="failed", reason="x")], "T")
+    assert table.columns[1:] == (
+        "Weights (GB)",
+        "Gradients (GB)",
+        "Optimizer state (GB)",
+        "Held activations (GB)",
+        "Temporaries (GB)",
+    )
+    assert table.rows == (("a", "1.000", "1.000", "1.000", "0.000", "0.000"), ("bad", *[NONE] * 5))
+
+
+def test_quality_takes_the_best_rate_of_the_first_seed_and_the_mean_of_all_seeds() -> None:
+    records = [
+        record("a", 1e-4, 0, 1.2),
+        record("a", 2e-4, 0, 1.0),
+        record("a", 4e-4, 0, None, status="failed", reason="diverged"),
+        record("b", 1e-4, 0, 1.1, options={"max_grad_norm": None}),
+        record("a", 2e-4, 1, 1.4),
+        record("b", 1e-4, 1, 1.1, options={"max_grad_norm": None}),
+    ]
+    for order in (records, sorted(records, key=lambda one: -one.seed)):
+        table = quality_table(order, "T", ["a"])
+        assert cell(table, "a", "Held-out loss by learning rate, first seed (nats/token)") == (
+            "0.0001: 1.2000, 0.0002: 1.0000, 0.0004: failed"
+        )
+        assert cell(table, "a", "Best rate") == "0.0002"
+        assert cell(table, "a", "Held-out loss, mean over seeds (nats/token)") == "1.2000"
+        assert cell(table, "a", "Lowest–highest seed") == "1.0000–1.4000"
+        assert cell(table, "a", "Seeds") == "2"
+        assert cell(table, "a", "Remark") == "failed: diverged"
+        assert cell(table, "b", "Against a (%)") == "-8.33"
+        assert cell(table, "b", "Remark") == "gradients not clipped"
+        assert table.notes[-1] == "Held-out loss before training: 3.0000."
+
+
+def test_a_row_without_a_good_run() -> None:
+    table = quality_table([record("a", status="failed", reason="x"), record("b", loss=1.0)], "T", ["a"])
+    assert cell(table, "a", "Best rate") == NONE
+    assert cell(table, "b", "Against a (%)") == NONE
+
+
+def test_markdown_and_csv() -> None:
+    table = Table("T", ("a", "b (GB)"), (("x|y", "1,5"),), ("Note.",))
+    assert to_markdown(table) == "## T\n\n| a | b (GB) |\n| --- | --- |\n| x\\|y | 1,5 |\n\nNote.\n"
+    assert list(csv.reader(io.StringIO(to_csv(table)))) == [["a", "b (GB)"], ["x|y", "1,5"]]
