@@ -43,7 +43,9 @@ $(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) --editable ".[gguf]"
 	@touch $@
 
+# Three packages of methods ask for bitsandbytes and tensorly, which nothing of theirs that is used here imports.
 $(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) --no-deps galore-torch apollo-torch fira
 	$(PIP) --editable ".[dev]"
 	@touch $@
 

@@ -77,6 +77,8 @@ EVERYTHING: dict[str, object] = {key: value for key, value in TrainConfig().sett
     "exclude": ["c"],
     "hold": "recompute",
     "stochastic_rounding": False,
+    "method_options": "none",
+    "max_grad_norm": 0.5,
     "max_steps": 3,
     "warmup": 2,
     "eval_every": 5,

@@ -64,10 +64,12 @@ every_method = pytest.mark.parametrize("name", SETTINGS)
 
 
 @pytest.fixture(autouse=True)
-def _eager() -> Iterator[None]:
+def _fast() -> Iterator[None]:
     """Torchao compiles one kernel a shape, which takes longer than all of this suite."""
+    gc.freeze()
     with torch.compiler.set_stance("force_eager"):
         yield
+    gc.unfreeze()
 
 
 def llama(dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:

@@ -31,6 +31,8 @@ OTHER_VALUES: dict[str, object] = {
     "include": ["*.q_proj", "*.k_proj"],
     "exclude": ["lm_head"],
     "stochastic_rounding": False,
+    "method": "galore",
+    "method_options": "{rank: 8, target_modules: [attn]}",
     "lr": "3e-4",
     "batch_size": 2,
     "accumulation": 3,
@@ -66,7 +68,8 @@ def test_every_key_has_help_a_group_and_words_for_what_it_accepts() -> None:
 
 @pytest.mark.parametrize("key", OTHER_VALUES)
 def test_each_key_round_trips_through_yaml(key: str, tmp_path: Path) -> None:
-    config = TrainConfig.from_sources(None, {key: OTHER_VALUES[key]})
+    also = {"method": "galore"} if key == "method_options" else {}
+    config = TrainConfig.from_sources(None, {key: OTHER_VALUES[key], **also})
     assert getattr(config, key) != getattr(TrainConfig(), key)
     path = tmp_path / "run.yaml"
     path.write_text(config.to_yaml())
@@ -144,6 +147,10 @@ def test_none_takes_back_what_the_file_sets(tmp_path: Path) -> None:
         ("exclude", {"a": 1}),
         ("report_to", ["wandb", "mlflow"]),
         ("packing", "perhaps"),
+        ("method", "galroe"),
+        ("method_options", "{rank: 8"),
+        ("method_options", "rank=8"),
+        ("method_options", ["rank"]),
     ],
 )
 def test_a_bad_value_names_key_value_and_what_is_accepted(key: str, value: object, tmp_path: Path) -> None:
@@ -239,6 +246,26 @@ def test_the_optimizers_keywords_are_those_of_its_group() -> None:
     assert keywords["exclude"] is None
     assert keywords["lr"] == 1e-3
     assert not keywords.keys() & {"model", "batch_size", "schedule"}
+
+
+def test_a_methods_keywords_are_its_options_the_rate_and_the_decay() -> None:
+    config = TrainConfig.from_sources(flags={"method": "lora", "method_options": "{rank: 4}", "lr": "1e-3"})
+    assert config.method_keywords() == {"lr": 1e-3, "weight_decay": 0.0, "rank": 4}
+    assert TrainConfig().method_keywords() == TrainConfig().optimizer_keywords()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ({"method": "lora", "rank": "8"}, r"--rank is a setting of method 'gradlite', not of 'lora'"),
+        ({"method": "adamw", "betas": "0.8,0.9"}, r"--betas is a setting of method 'gradlite', not of 'adamw'"),
+        ({"method": "lora", "method_options": "{lr: 1}"}, r"'lr', which is a key of its own: give --lr\."),
+        ({"method_options": "{rank: 8}"}, r"keys of their own: give --rank\."),
+    ],
+)
+def test_settings_of_another_method_are_refused(flags: dict[str, str], sentence: str) -> None:
+    with pytest.raises(GradLiteError, match=sentence):
+        TrainConfig.from_sources(flags=flags)
 
 
 def test_hold_by_module_reads_the_same_from_a_flag_and_from_yaml(tmp_path: Path) -> None:

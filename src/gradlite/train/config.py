@@ -150,7 +150,12 @@ class TrainConfig(BaseModel):
         True, GRADLITE, "true or false", "Round bf16 weights stochastically, so that small updates are not lost."
     )
 
-    method: str = _setting("gradlite", TRAINING, f"one of {', '.join(names())}", f"Way to train: {', '.join(names())}.")
+    method: str = _setting(
+        "gradlite",
+        TRAINING,
+        f"one of {', '.join(names())}",
+        f"Way to train, one of {len(names())}: adamw8bit, lomo, galore, lora …; any other word lists them.",
+    )
     method_options: dict[str, Any] | None = _setting(
         None,
         TRAINING,
