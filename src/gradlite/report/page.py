@@ -25,10 +25,10 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> tuple[Pat
     Without ``output`` it is report.html in the directory given, or beside the first file. Raises GradLiteError for bad input.
     """
     source = read(paths)
-    title, sections = _content(source)
     target = output or (paths[0] if paths[0].is_dir() else paths[0].parent) / "report.html"
     if not target.absolute().parent.is_dir() or target.is_dir():
         raise GradLiteError(f"{target} cannot be written; give --output the name of a file in a directory that exists.")
+    title, sections = _content(source)
     left_out = source.left_out if isinstance(source, Records) else []
     page = render(title, sections, left_out)
     try:

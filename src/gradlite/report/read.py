@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from gradlite.compare.record import Record
 from gradlite.errors import GradLiteError
+from gradlite.train.yaml_file import read_mapping
 
 _RUN, _CONFIG, _METRICS = "run.json", "config.yaml", "metrics.jsonl"  # as gradlite.train.directory names them
 
@@ -74,11 +74,11 @@ def read(paths: Sequence[Path]) -> Records | TrainedRun:
 
 def _read_run(folder: Path) -> TrainedRun:
     result = _json(folder / _RUN, _text(folder / _RUN))
-    config = yaml.safe_load(_text(folder / _CONFIG)) if (folder / _CONFIG).is_file() else {}
+    config = read_mapping(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
     # A run that was killed may have left half a line, which the next resume cuts off.
     lines = _text(folder / _METRICS).splitlines(keepends=True) if (folder / _METRICS).is_file() else []
     metrics = [_json(folder / _METRICS, line) for line in lines if line.endswith("\n")]
-    if not isinstance(result, dict) or not isinstance(config, dict) or not all(isinstance(line, dict) for line in metrics):
+    if not isinstance(result, dict) or not all(isinstance(line, dict) for line in metrics):
         raise GradLiteError(f"{folder} is not the directory of a GradLite run; its {_RUN} or {_METRICS} holds something else.")
     return TrainedRun(folder.resolve().name, result, config, metrics)
 
