@@ -43,7 +43,7 @@ def _draw_slopes(axes: Axes, record: dict[str, Any], problem: str) -> None:
         x0 = sum(math.log(step) for step in steps) / len(steps)
         y0 = sum(math.log(value) for _, value in mine) / len(mine)
         ends = sorted(set(steps))
-        label = f"{variant}: {slope:.2f} ± {entry['standard_error']:.2f}"
+        label = f"{variant}: {slope:.2f} ± {entry['standard_error']:.3f}"
         axes.plot(ends, [math.exp(y0 + slope * (math.log(step) - x0)) for step in ends], color=colour, linewidth=1, label=label)
     axes.set(xscale="log", yscale="log", xlabel="steps T", ylabel="suboptimality of the averaged iterate")
     axes.set_title(f"{problem}: slope against T, rank {record['settings']['slope_rank']} of {record['settings']['width']}")
