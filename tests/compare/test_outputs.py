@@ -56,6 +56,7 @@ def test_tables_are_files(tmp_path: Path, quality: Experiment, records: list[Rec
     assert list(tables_of([quality, other], [*records, *memory])) == [
         "paper-small-quality",
         "paper-small-memory",
+        "paper-small-memory-ratios",
         "paper-small-memory-categories",
     ]
 

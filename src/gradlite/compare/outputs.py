@@ -8,7 +8,16 @@ from rich.console import Console
 from gradlite.compare.experiment import Experiment
 from gradlite.compare.figures import draw_losses, draw_memory, draw_trade_off
 from gradlite.compare.record import Record
-from gradlite.compare.tables import Table, category_table, memory_table, quality_table, to_csv, to_markdown, to_rich
+from gradlite.compare.tables import (
+    Table,
+    category_table,
+    memory_table,
+    quality_table,
+    ratio_table,
+    to_csv,
+    to_markdown,
+    to_rich,
+)
 from gradlite.train.files import write_text
 
 
@@ -21,7 +30,8 @@ def tables_of(experiments: Sequence[Experiment], records: Sequence[Record]) -> d
         if not own:
             continue
         if experiment.kind == "memory":
-            found[experiment.name] = memory_table(own, title, experiment.baselines)
+            found[experiment.name] = memory_table(own, title)
+            found[f"{experiment.name}-ratios"] = ratio_table(own, f"{title}: ratios", experiment.baselines)
             found[f"{experiment.name}-categories"] = category_table(own, f"{title}: bytes at the moment of the peak")
         else:
             found[experiment.name] = quality_table(own, title, experiment.baselines)

@@ -29,14 +29,10 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-def memory_table(records: Sequence[Record], title: str, baselines: Sequence[str] = ()) -> Table:
+def memory_table(records: Sequence[Record], title: str) -> Table:
     """Peak memory above the weights and throughput: the median of the runs, and the lowest and highest run."""
-    rows = by_name(records)
-    peaks = {name: [run.memory.peak_above_weights_bytes / _GB for run in runs if run.memory] for name, runs in rows.items()}
-    speeds = {name: [run.tokens_per_second.median for run in runs if run.tokens_per_second] for name, runs in rows.items()}
-    known = [name for name in baselines if name in rows]
     table = []
-    for name, runs in rows.items():
+    for name, runs in by_name(records).items():
         process = [
             run.memory.process_peak_above_weights_bytes / _GB
             for run in runs
@@ -46,12 +42,10 @@ def memory_table(records: Sequence[Record], title: str, baselines: Sequence[str]
         table.append(
             (
                 name,
-                _middle(peaks[name], ".3f"),
-                *(_ratio(peaks[name], peaks[other]) for other in known),
+                _middle(_peaks(runs), ".3f"),
                 _middle(process, ".3f"),
-                _middle(speeds[name], ".1f"),
-                _range(speeds[name], ".1f"),
-                *(_ratio(speeds[name], speeds[other]) for other in known),
+                _middle(_speeds(runs), ".1f"),
+                _range(_speeds(runs), ".1f"),
                 _middle(samples, ".3f"),
                 str(sum(run.status == "ok" for run in runs)),
                 _remark(runs),
@@ -60,16 +54,30 @@ def memory_table(records: Sequence[Record], title: str, baselines: Sequence[str]
     columns = (
         "Method",
         "Peak above weights (GB)",
-        *(f"Peak / {other}" for other in known),
         "Process peak above weights (GB)",
         "Tokens/s (median)",
         "Tokens/s (runs' range)",
-        *(f"Tokens/s / {other}" for other in known),
         "Samples/s",
         "Runs",
         "Remark",
     )
     return Table(title, columns, tuple(table), _work_notes(records))
+
+
+def ratio_table(records: Sequence[Record], title: str, baselines: Sequence[str]) -> Table:
+    """Median peak above the weights and median throughput of each row, divided by those of the rows named as baselines."""
+    rows = by_name(records)
+    known = [name for name in baselines if name in rows]
+    table = [
+        (
+            name,
+            *(_ratio(_peaks(runs), _peaks(rows[other])) for other in known),
+            *(_ratio(_speeds(runs), _speeds(rows[other])) for other in known),
+        )
+        for name, runs in rows.items()
+    ]
+    columns = ("Method", *(f"Peak ÷ {other}" for other in known), *(f"Tokens/s ÷ {other}" for other in known))
+    return Table(title, columns, tuple(table))
 
 
 def category_table(records: Sequence[Record], title: str) -> Table:
@@ -161,10 +169,19 @@ def to_rich(table: Table) -> RichTable:
     """For the terminal."""
     shown = RichTable(title=table.title, caption="\n".join(table.notes) or None)
     for number, column in enumerate(table.columns):
-        shown.add_column(column, justify="left" if number in (0, len(table.columns) - 1) else "right")
+        is_text = number == 0 or column == "Remark"
+        shown.add_column(column, justify="left" if is_text else "right", overflow="fold")
     for row in table.rows:
         shown.add_row(*row)
     return shown
+
+
+def _peaks(runs: Iterable[Record]) -> list[float]:
+    return [run.memory.peak_above_weights_bytes / _GB for run in runs if run.memory]
+
+
+def _speeds(runs: Iterable[Record]) -> list[float]:
+    return [run.tokens_per_second.median for run in runs if run.tokens_per_second]
 
 
 def _losses(runs: Iterable[Record]) -> list[float]:
