@@ -21,7 +21,7 @@ def drawings(name: str) -> dict[str, str]:
     }
 
 
-HOSTILE = "<script>alert(1)</script> \"'& $\\frac{ ]]> \x00\x1b\ud800 汉字 #0b62ad"
+HOSTILE = "<script>alert(1)</script> \"'& $\\frac{$ ]]> \x00\x1b\ud800 汉字 #0b62ad"
 
 
 @pytest.mark.parametrize("name", ["AdamW", HOSTILE, ""], ids=["plain", "hostile", "empty"])
