@@ -130,6 +130,11 @@ def test_a_row_without_a_good_run() -> None:
     assert cell(table, "b", "Against a (%)") == NONE
 
 
+def test_what_is_to_be_known_of_a_good_run_is_remarked() -> None:
+    table = quality_table([record("a", loss=1.0, reason="2 steps were skipped")], "T")
+    assert cell(table, "a", "Remark") == "2 steps were skipped"
+
+
 def test_markdown_and_csv() -> None:
     table = Table("T", ("a", "b (GB)"), (("x|y", "1,5"),), ("Note.",))
     assert to_markdown(table) == "## T\n\n| a | b (GB) |\n| --- | --- |\n| x\\|y | 1,5 |\n\nNote.\n"

@@ -1,5 +1,7 @@
 """One run: what its record holds, and what becomes of runs that go wrong."""
 
+import io
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -114,10 +116,11 @@ def test_an_error_is_the_rows_reason(
 
 
 class Unclipped(Method):
-    """Cannot clip."""
+    """Cannot clip, and says that it skipped a step."""
 
     def __init__(self, model: torch.nn.Module, **_options: Any) -> None:
         super().__init__("unclipped", model, torch.optim.SGD(model.parameters(), lr=0.1), Claims(True, False, False))
+        self.skipped_steps = 1
 
     def clip(self, max_norm: float) -> float:
         raise AssertionError(max_norm)
@@ -130,6 +133,17 @@ def test_a_method_that_cannot_clip_is_not_asked_to(make_spec: MakeSpec, monkeypa
     monkeypatch.setattr(methods, "build", lambda _name, model, **options: Unclipped(model, **options))
     record = work(make_spec(steps=1), "")
     assert (record.status, record.options) == ("ok", {"max_grad_norm": None})
+    assert record.reason == "1 steps were skipped, since their gradient was not finite"
+
+
+def test_a_run_whose_comparison_is_gone_leaves_no_record(make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(SystemExit):
+        work(make_spec(), "")
 
 
 def test_data_that_cannot_be_had_stops_the_comparison(make_spec: MakeSpec) -> None:

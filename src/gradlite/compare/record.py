@@ -90,7 +90,7 @@ class Energy(_Part):
 
 
 class Record(_Part):
-    """One run of one method. ``reason``: why it has no figures, where ``status`` is not "ok".
+    """One run of one method. ``reason``: why ``status`` is not "ok"; of a good run, what a reader must know about it.
 
     ``label``: what the experiment calls this method with these options; rows of tables are named so.
     """

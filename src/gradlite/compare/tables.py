@@ -210,7 +210,9 @@ def _sweep_cell(run: Record) -> str:
 
 def _remark(runs: Sequence[Record]) -> str:
     """Why runs failed, and what was different about those that did not."""
-    reasons = [f"{run.status.replace('_', ' ')}: {run.reason}" for run in runs if run.status != "ok"]
+    reasons = [
+        run.reason if run.status == "ok" else f"{run.status.replace('_', ' ')}: {run.reason}" for run in runs if run.reason
+    ]
     unclipped = any(run.status == "ok" and run.options.get("max_grad_norm", 1.0) is None for run in runs)
     return "; ".join(dict.fromkeys([*reasons, *(["gradients not clipped"] if unclipped else [])]))
 

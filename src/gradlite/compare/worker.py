@@ -107,7 +107,12 @@ class _Run:
             raise Diverged("the held-out loss is not finite after training")
         if not method.claims.clipping:
             self.options["max_grad_norm"] = None
-        return {**self.so_far(), "held_out_tokens": None if before is None else before.num_tokens}
+        skipped = method.skipped_steps
+        return {
+            **self.so_far(),
+            "held_out_tokens": None if before is None else before.num_tokens,
+            "reason": f"{skipped} steps were skipped, since their gradient was not finite" if skipped else None,
+        }
 
     def so_far(self) -> dict[str, Any]:
         """What has been measured; of a run that diverged, what came before."""
@@ -141,7 +146,7 @@ class _Run:
     def _build(self) -> tuple[Method, LRScheduler]:
         spec = self.spec
         own = {"seed": spec.seed} if spec.method == "gradlite" else {}  # the others draw from torch's generator
-        method = methods.build(spec.method, self.model, lr=spec.lr, **own, **spec.options)
+        method = methods.build(spec.method, self.model, lr=spec.lr, **{**own, **spec.options})
         name = "constant_with_warmup" if spec.schedule == "constant" else spec.schedule
         scheduler: LRScheduler = get_scheduler(name, method.optimizer, spec.warmup_steps, spec.steps)
         return method, scheduler
@@ -177,8 +182,11 @@ def _tell(seen: Measured) -> None:
         "tokens_per_second": seen.num_tokens[-1] / seen.seconds[-1],
         "peak_bytes": peak_memory_bytes(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
-    sys.stdout.write(STEP + json.dumps(line) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(STEP + json.dumps(line) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise SystemExit("the comparison that this run belongs to is gone") from None
 
 
 def versions() -> dict[str, str]:

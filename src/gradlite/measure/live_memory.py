@@ -33,9 +33,8 @@ class AllocationWatch:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        # CUDA's allocator reports to the CPU's profiler as well; tracing kernels would cost time for nothing.
         activities = [torch.profiler.ProfilerActivity.CPU]
-        if device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
         self._profile = torch.profiler.profile(activities=activities, profile_memory=True, acc_events=False)
         self._addresses: list[list[int]] = []  # by number of the mark at which gradients were looked for
         self._weights: list[dict[int, int]] = []  # of each step, when it began
