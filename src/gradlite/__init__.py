@@ -11,6 +11,7 @@ from gradlite.errors import GradLiteError
 if TYPE_CHECKING:
     from gradlite import methods
     from gradlite.attaching import Coverage, attach, detach
+    from gradlite.attaching.structured_lora import structured_lora, undo_structured_lora
     from gradlite.methods.gradlite import GradLite, optimizer_factory
 
 __version__ = "0.1.0"
@@ -22,9 +23,21 @@ _HOME = {
     "detach": "gradlite.attaching",
     "methods": "gradlite",
     "optimizer_factory": "gradlite.methods.gradlite",
+    "structured_lora": "gradlite.attaching.structured_lora",
+    "undo_structured_lora": "gradlite.attaching.structured_lora",
 }
 
-__all__ = ["Coverage", "GradLite", "GradLiteError", "attach", "detach", "methods", "optimizer_factory"]
+__all__ = [
+    "Coverage",
+    "GradLite",
+    "GradLiteError",
+    "attach",
+    "detach",
+    "methods",
+    "optimizer_factory",
+    "structured_lora",
+    "undo_structured_lora",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -99,12 +99,17 @@ class GatedLayout:
 _LAYOUTS = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", None, "down_proj"), ("w1", "w3", "w2"))
 
 
+def _is_linear(part: nn.Module | None) -> bool:
+    """A linear layer, or one that an adapter wraps (PEFT's name for what it wraps is ``base_layer``)."""
+    return isinstance(part, nn.Linear) or isinstance(getattr(part, "base_layer", None), nn.Linear)
+
+
 def gated_layout(module: nn.Module, like: Tensor) -> GatedLayout | None:
     """The parts of a gated MLP ``down(act(gate(x)) · up(x))``, or None."""
     parts = dict(module.named_children())
     for gate, up, down in _LAYOUTS:
         names = [name for name in (gate, up, down) if name is not None]
-        if not all(isinstance(parts.get(name), nn.Linear) for name in names):
+        if not all(_is_linear(parts.get(name)) for name in names):
             continue
         others = [part for name, part in parts.items() if name not in names]
         kinds = [kind for kind in (activation_kind(part, like) for part in others) if kind is not None]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gradlite.attaching.blocks import replayed
 from gradlite.attaching.causal_lm import forward_with_loss
+from gradlite.attaching.lora_twins import TwinFourBitLinear, TwinLoraLinear, TwinTiledMLP
 from gradlite.attaching.names import COORDINATES, RESIDUAL_NORM
 from gradlite.attaching.recognise import GatedLayout, gated_forward
 from gradlite.hold.holder import Holder
@@ -171,6 +172,7 @@ class TwinCausalLM(nn.Module):
 
 _BEFORE: dict[str, type[nn.Module]] = {
     "norm": TwinNorm, "activation": TwinActivation, "gated": TwinGatedMLP, "block": TwinBlock, "causal_lm": TwinCausalLM,
+    "lora": TwinLoraLinear, "tiled_gated": TwinTiledMLP, "four_bit": TwinFourBitLinear,
 }  # fmt: skip
 _BEHIND: dict[str, type[nn.Module]] = {"linear": TwinLinear, "embedding": TwinEmbedding}
 _TWIN_CLASSES: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}

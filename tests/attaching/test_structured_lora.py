@@ -1,0 +1,349 @@
+"""PEFT's LoRA structured: gradients, losses, files and refusals, on small random models."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradlite
+from gradlite import GradLiteError
+from gradlite.attaching.lora_twins import TwinFourBitLinear, TwinLoraLinear, TwinTiledMLP
+from gradlite.ops import token_tiles
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated", "ignore:.gradient_checkpointing_enable"
+)
+
+Build = Callable[..., nn.Module]
+Tokens = dict[str, Tensor]
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(token_tiles.TILE_ELEMENTS, "cpu", 7 * 48)
+
+
+@pytest.fixture
+def lora(build: Build) -> Callable[..., Any]:
+    """``lora("llama", **LoraConfig's)``: a PEFT model whose adapters are no zeros, the same one every time."""
+
+    def make(name: str = "llama", dtype: torch.dtype = torch.float32, cast: bool = False, **options: Any) -> Any:
+        settings = {"r": 3, "lora_alpha": 5, "target_modules": SEVEN, **options}
+        model = peft.get_peft_model(build(name, dtype), peft.LoraConfig(**settings), autocast_adapter_dtype=cast)
+        torch.manual_seed(3)
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.data = 0.3 * torch.randn_like(parameter)
+            elif "lora_magnitude" in key:
+                parameter.data *= 1.0 + 0.2 * torch.rand_like(parameter)
+        return model.train()
+
+    return make
+
+
+def backward(model: Any, tokens: Tokens, seed: int = 0) -> Tensor:
+    torch.manual_seed(seed)
+    loss: Tensor = model(**tokens, use_cache=False).loss
+    loss.backward()
+    return loss.detach()
+
+
+def same_gradients(model: Any, plain: Any, tolerance: float) -> None:
+    found, wanted = ({key: p.grad for key, p in each.named_parameters() if p.grad is not None} for each in (model, plain))
+    assert found.keys() == wanted.keys()
+    assert wanted
+    for name, exact in wanted.items():
+        assert found[name].dtype == exact.dtype
+        assert (found[name] - exact).norm() <= tolerance * exact.norm(), name
+
+
+def compare(plain: Any, tokens: Tokens, tolerance: float = 1e-5, **options: Any) -> Any:
+    model = gradlite.structured_lora(copy.deepcopy(plain), **options)
+    losses = backward(model, tokens), backward(plain, tokens)
+    torch.testing.assert_close(*losses, rtol=tolerance, atol=0)
+    same_gradients(model, plain, tolerance)
+    return model
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hold", ["recompute", "exact", {"model.layers.0": "recompute", "*": "exact"}])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_gradients_equal_pefts(name: str, hold: Any, lora: Any, tokens: Tokens) -> None:
+    model = compare(lora(name), tokens, hold=hold)
+    twins = [module for module in model.modules() if isinstance(module, TwinLoraLinear)]
+    assert len(twins) == 14
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen3", "mistral", "olmo2"])
+def test_other_families(name: str, lora: Any, tokens: Tokens) -> None:
+    compare(lora(name), tokens)
+
+
+def test_fused_projections(lora: Any, tokens: Tokens) -> None:
+    model = compare(lora("phi3", target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]), tokens)
+    assert any(isinstance(module, TwinTiledMLP) for module in model.modules())
+
+
+def test_layers_of_another_kind_keep_pefts_code(lora: Any, tokens: Tokens) -> None:
+    """GPT-2's Conv1D, and an embedding."""
+    with pytest.raises(GradLiteError, match="no linear layer with the LoRA adapter"):
+        gradlite.structured_lora(lora("gpt2", target_modules=["c_attn"], fan_in_fan_out=True))
+    compare(lora(target_modules=["q_proj", "embed_tokens"]), tokens)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True, "rank_pattern": {"q_proj": 5, "layers.1.mlp.down_proj": 1}, "alpha_pattern": {"q_proj": 9}},
+        {"lora_bias": True},
+        {"bias": "all"},
+        {"use_dora": True},
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["down_proj"], "layers_to_transform": [1]},
+        {"target_modules": [*SEVEN, "lm_head"]},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [3, 7]},
+    ],
+    ids=lambda options: "-".join(options),
+)
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_options_of_lora(name: str, options: dict[str, Any], lora: Any, tokens: Tokens) -> None:
+    if options.get("lora_bias") and name == "qwen2":
+        options = {**options, "target_modules": ["q_proj", "k_proj", "v_proj"]}
+    elif options.get("lora_bias"):
+        pytest.skip("PEFT warns where the layer has no bias")
+    compare(lora(name, **options), tokens)
+
+
+@pytest.mark.parametrize("hold", ["recompute", "exact"])
+def test_dropout_draws_pefts_numbers(hold: Any, lora: Any, tokens: Tokens) -> None:
+    plain = lora(lora_dropout=0.3)
+    compare(plain, tokens, hold=hold)
+    gradients = [p.grad.clone() for p in plain.parameters() if p.grad is not None]
+    plain.zero_grad()
+    backward(plain, tokens, seed=1)
+    assert any((p.grad - g).norm() > 0.05 * g.norm() for p, g in zip(trained(plain), gradients, strict=True))
+
+
+def trained(model: Any) -> list[Any]:
+    return [p for p in model.parameters() if p.grad is not None]
+
+
+def mean_error(model: Any, exact: Any) -> float:
+    errors = [(p.grad - q.grad).norm() / q.grad.norm() for p, q in zip(trained(model), trained(exact), strict=True)]
+    return float(torch.stack(errors).mean())
+
+
+def test_h_kept(lora: Any, tokens: Tokens) -> None:
+    compare(lora(), tokens, store_h=True)
+
+
+def test_accumulation_and_clipping(lora: Any, tokens: Tokens) -> None:
+    plain = lora()
+    model = gradlite.structured_lora(copy.deepcopy(plain))
+    norms = []
+    for each in (model, plain):
+        for seed in range(2):
+            backward(each, tokens, seed)
+        norms.append(torch.nn.utils.clip_grad_norm_(each.parameters(), 0.01))
+    torch.testing.assert_close(*norms, rtol=1e-5, atol=0)
+    same_gradients(model, plain, 1e-5)
+
+
+def test_bfloat16_and_wide_adapters(lora: Any, tokens: Tokens) -> None:
+    """Against the exact gradient, no worse than PEFT's own rounding."""
+    exact = lora()
+    backward(exact, tokens)
+    for cast in (False, True):
+        plain = lora(dtype=torch.bfloat16, cast=cast)
+        model = gradlite.structured_lora(copy.deepcopy(plain))
+        errors = []
+        for each in (model, plain):
+            backward(each, tokens)
+            errors.append(mean_error(each, exact))
+        assert errors[0] <= 1.1 * errors[1] <= 0.2
+
+
+def test_autocast(lora: Any) -> None:
+    """Against the exact gradient, no worse than PEFT's own rounding."""
+    errors = []
+    for batch in torch.randint(3, 50, (5, 2, 9), generator=torch.Generator().manual_seed(0)):
+        exact, plain, model = lora(), lora(), gradlite.structured_lora(lora())
+        tokens = {"input_ids": batch, "labels": batch}
+        backward(exact, tokens)
+        for each in (model, plain):
+            with torch.autocast("cpu", torch.bfloat16):
+                backward(each, tokens)
+        errors.append([mean_error(model, exact), mean_error(plain, exact)])
+    ours, pefts = torch.tensor(errors).median(0).values
+    assert ours <= 1.2 * pefts <= 0.1
+
+
+def test_a_second_adapter_and_switched_off_ones_run_pefts_code(lora: Any, tokens: Tokens) -> None:
+    plain = lora()
+    model = gradlite.structured_lora(copy.deepcopy(plain))
+    with torch.no_grad():
+        with model.disable_adapter(), plain.disable_adapter():
+            torch.testing.assert_close(model(**tokens).loss, plain(**tokens).loss)
+        model.merge_adapter()
+        plain.merge_adapter()
+        torch.testing.assert_close(model(**tokens).loss, plain(**tokens).loss)
+
+
+# ---- training, files, undoing ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.1}, {"use_dora": True}], ids=["plain", "dropout", "dora"])
+def test_fifty_steps_are_the_same(options: dict[str, Any], lora: Any) -> None:
+    plain = lora("qwen2", **options)
+    with torch.no_grad():  # embeddings of a usual size: norms of tiny ones blow up roundings
+        plain.get_base_model().model.embed_tokens.weight *= 50
+    model = gradlite.structured_lora(copy.deepcopy(plain))
+    curves = []
+    for each in (model, plain):
+        torch.manual_seed(0)
+        optimizer = torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], lr=1e-3)
+        batches, curve = torch.randint(3, 12, (4, 2, 9), generator=torch.Generator().manual_seed(1)), []
+        for step in range(50):
+            ids = batches[step % 4]
+            loss = each(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            curve.append(float(loss.detach()))
+        curves.append(torch.tensor(curve))
+    assert curves[1][-1] < 0.99 * curves[1][0]
+    torch.testing.assert_close(*curves, rtol=2e-5, atol=0)
+
+
+def test_the_adapter_is_saved_as_always(lora: Any, build: Build, tokens: Tokens, tmp_path: Path) -> None:
+    plain = lora()
+    model = gradlite.structured_lora(copy.deepcopy(plain))
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(build(), str(tmp_path))
+    with torch.no_grad():
+        ids = tokens["input_ids"]
+        torch.testing.assert_close(model.eval()(input_ids=ids).logits, loaded.eval()(input_ids=ids).logits)
+
+
+def test_undo(lora: Any, tokens: Tokens) -> None:
+    plain = lora()
+    model = copy.deepcopy(plain)
+    assert gradlite.structured_lora(model) is model
+    assert gradlite.structured_lora(model) is model  # again: replaces its earlier work
+    backward(model, tokens)
+    assert gradlite.undo_structured_lora(model) is model
+    for (name, module), other in zip(model.named_modules(), plain.modules(), strict=True):
+        assert type(module) is type(other), name
+        assert not [key for key in module.__dict__ if "gradlite" in key], name
+        assert len(module._forward_hooks) == len(other._forward_hooks)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
+    assert model.config._attn_implementation == plain.config._attn_implementation
+    assert gradlite.undo_structured_lora(plain) is plain
+
+
+def test_copies_and_pickles(lora: Any, tokens: Tokens) -> None:
+    plain = lora()
+    model = gradlite.structured_lora(copy.deepcopy(plain))
+    backward(plain, tokens)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        backward(other, tokens)
+        same_gradients(other, plain, 1e-5)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_leave_nothing_with_autograd(lora: Any, build: Build, tokens: Tokens, held_bytes: Callable[..., int]) -> None:
+    """What autograd saves does not grow with the number of blocks: their inputs lie in the replays, nothing else waits."""
+    held = []
+    for layers in (1, 4):
+        plain = peft.get_peft_model(build(num_hidden_layers=layers), peft.LoraConfig(r=3, target_modules=SEVEN))
+        model = gradlite.structured_lora(plain)
+        held.append(held_bytes(lambda model=model: model(**tokens).loss, model.parameters()))
+    assert held[0] == held[1]
+
+
+def test_tiles_hold_less_than_a_whole_mlp(lora: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The most rows that any product of the MLP sees in forward and backward."""
+    seen: list[int] = []
+    model = gradlite.structured_lora(lora())
+    own = TwinLoraLinear.forward
+
+    def watch(self: Any, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        if self.in_features == 48:
+            seen.append(x.shape[:-1].numel())
+        return own(self, x, *arguments, **keywords)
+
+    monkeypatch.setattr(TwinLoraLinear, "forward", watch)
+    ids = torch.randint(3, 50, (1, 20))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert max(seen) <= 7
+    assert sum(seen) == 2 * 2 * 20  # forward, and once more in backward: the block's own replay stops before its MLP
+
+
+# ---- four bits ------------------------------------------------------------------------------------------------------
+
+
+def test_base_in_four_bits(lora: Any, tokens: Tokens) -> None:
+    """Gradients equal those of a model with the rounded weights; undoing gives these back."""
+    plain = lora()
+    model = gradlite.structured_lora(copy.deepcopy(plain), base="int4")
+    linears = [module for module in model.modules() if isinstance(module, TwinFourBitLinear)]
+    assert len(linears) == 14
+    assert not any(isinstance(getattr(module, "_parameters", {}).get("weight"), nn.Parameter) for module in linears)
+    loss = backward(model, tokens)
+    rounded = gradlite.undo_structured_lora(copy.deepcopy(model))
+    rounded.zero_grad()
+    torch.testing.assert_close(backward(rounded, tokens), loss, rtol=1e-5, atol=0)
+    same_gradients(model, rounded, 1e-5)
+    errors = [
+        float((p - q).norm() / q.norm())
+        for (key, p), q in zip(rounded.named_parameters(), plain.parameters(), strict=True)
+        if "base_layer.weight" in key
+    ]
+    assert 0.01 < max(errors) < 0.15
+    assert type(rounded.get_base_model().model.layers[0].mlp.gate_proj.base_layer) is nn.Linear
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_refusals(lora: Any, build: Build) -> None:
+    def refused(model: Any, match: str) -> None:
+        with pytest.raises(GradLiteError, match=match):
+            gradlite.structured_lora(model)
+        assert not any(isinstance(module, TwinLoraLinear) for module in model.modules())
+
+    refused(build(), "takes a PEFT model, not LlamaForCausalLM")
+    ia3 = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    refused(peft.get_peft_model(build(), ia3), "IA3")
+    refused(lora(use_dora=True, lora_dropout=0.1), "DoRA with dropout")
+    model = lora()
+    model.merge_adapter()
+    refused(model, "merged")
+    model = lora()
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    refused(model, "are active")
+    model = lora()
+    model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight.requires_grad_()
+    refused(model, r"q_proj\.base_layer\.weight is trainable")
+    base = build()
+    gradlite.attach(base, rank=4)
+    refused(peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"])), "gradlite.detach")
+    model = lora()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    refused(model, "gradient_checkpointing_disable")
+    with pytest.raises(GradLiteError, match="unknown; choose one of"):
+        gradlite.structured_lora(lora(), hold="none")  # type: ignore[arg-type]
