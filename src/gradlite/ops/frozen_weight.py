@@ -118,14 +118,16 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias_M: Tensor | None, weight: FrozenWeight) -> Tensor:
         ctx.weight = weight
-        return weight.times(x.reshape(-1, x.shape[-1]), bias_M).view(*x.shape[:-1], -1)
+        y_TM = weight.times(x.reshape(-1, x.shape[-1]), bias_M)
+        return y_TM.view(*x.shape[:-1], y_TM.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, needs_bias, _ = ctx.needs_input_grad
         grad_TM = grad.reshape(-1, grad.shape[-1])
-        grad_x = ctx.weight.transposed_times(grad_TM).view(*grad.shape[:-1], -1) if needs_x else None
+        grad_x_TN = ctx.weight.transposed_times(grad_TM) if needs_x else None
+        grad_x = None if grad_x_TN is None else grad_x_TN.view(*grad.shape[:-1], grad_x_TN.shape[1])
         return grad_x, grad_TM.sum(0) if needs_bias else None, None
 
 

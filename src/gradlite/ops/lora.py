@@ -137,7 +137,7 @@ class _Lora(torch.autograd.Function):
             else:
                 inner_TN = inner_TR @ a_RN
                 grad_x_TN.add_(inner_TN if factors_TN is None else inner_TN.mul_(factors_TN))
-            grad_x = grad_x_TN.view(*grad.shape[:-1], -1)
+            grad_x = grad_x_TN.view(*grad.shape[:-1], a_RN.shape[1])
         return grad_x, grad_bias, grad_a, grad_b, grad_scale, None, None, None, None, None, None
 
 

@@ -59,15 +59,15 @@ class _Tiles(torch.autograd.Function):
         step = tile_tokens(len(x_TN), part, x.device.type)
         tiles = x_TN.split(step)
         if len(tiles) == 1:
-            return part.value(x_TN).view(*x.shape[:-1], -1)
-        y_TN = None
+            y_TN = part.value(x_TN)
+            return y_TN.view(*x.shape[:-1], y_TN.shape[1])
+        y_TN = torch.empty(0)
         for place, x_tN in enumerate(tiles):
             y_tN = part.value(x_tN)
-            if y_TN is None:
+            if place == 0:
                 y_TN = y_tN.new_empty(len(x_TN), y_tN.shape[1])
             y_TN[place * step : place * step + len(x_tN)] = y_tN
-        assert y_TN is not None
-        return y_TN.view(*x.shape[:-1], -1)
+        return y_TN.view(*x.shape[:-1], y_TN.shape[1])
 
     @staticmethod
     @once_differentiable
@@ -78,7 +78,7 @@ class _Tiles(torch.autograd.Function):
         parameters, rest = saved[:num_parameters], list(saved[num_parameters:])
         state = rest.pop() if part.is_random else None
         grad_TM = grad.reshape(-1, grad.shape[-1])
-        x_TN = ctx.kept.ticket.get(rest).view(len(grad_TM), -1)
+        x_TN = ctx.kept.ticket.get(rest)
         del saved, rest
         needs_x = ctx.kept.needs_x
         grad_x_TN = torch.empty_like(x_TN) if needs_x else None
@@ -102,7 +102,7 @@ class _Tiles(torch.autograd.Function):
                     totals[place] = wide(one) if total is None else total.add_(one)
             del grads
         grads_of = [None if total is None else total.to(own.dtype) for total, own in zip(totals, parameters, strict=True)]
-        grad_x = None if grad_x_TN is None else grad_x_TN.view(*grad.shape[:-1], -1)
+        grad_x = None if grad_x_TN is None else grad_x_TN.view(*grad.shape[:-1], x_TN.shape[1])
         return grad_x, None, None, None, *grads_of
 
 
