@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gradlite.compare.record import ByCategory, Memory
 from gradlite.measure.live_memory import AllocationWatch, StepMarks
-from gradlite.measure.process_memory import anonymous_peak_bytes, forget_peak
+from gradlite.measure.process_memory import anonymous_peak_bytes, forget_peak, give_back_free_memory
 from gradlite.methods.method import Method
 
 WATCHED_STEPS = 3
@@ -79,6 +79,7 @@ class Loop:
             for batch in watched:
                 self._step(batch, watch)
                 on_step(self.measured)
+        give_back_free_memory()  # the watch's own lists: on SmolLM2 some 0.7 GB that would count as the next steps'
         process_peak = None
         for batch in batches[len(watched) :]:
             asked = len(self.measured.losses) == WATCHED_STEPS and self._anonymous_bytes is not None and forget_peak()

@@ -3,6 +3,7 @@
 It holds what torch's allocator does not see: scratch space of matrix libraries, and memory that the heap did not give back.
 """
 
+import contextlib
 import ctypes
 import gc
 from pathlib import Path
@@ -10,13 +11,16 @@ from pathlib import Path
 _STATUS = Path("/proc/self/status")
 
 
-def anonymous_bytes() -> int | None:
-    """Anonymous memory in use now, after what is free has been given back to the system where that is possible."""
+def give_back_free_memory() -> None:
+    """Return to the system what the heap holds and nobody uses, where the C library can do that (glibc)."""
     gc.collect()
-    try:
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):  # no glibc
-        return None
+
+
+def anonymous_bytes() -> int | None:
+    """Anonymous memory in use now, after :func:`give_back_free_memory`."""
+    give_back_free_memory()
     status = _read_status()
     return None if status is None else status["RssAnon"]
 
