@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import gradlite
 from gradlite import GradLiteError
+from gradlite.attaching import tiles_its_loss
 from gradlite.attaching.lora_twins import TwinFourBitLinear, TwinLoraLinear, TwinTiledMLP
 from gradlite.ops import token_tiles
 
@@ -347,3 +348,10 @@ def test_refusals(lora: Any, build: Build) -> None:
     refused(model, "gradient_checkpointing_disable")
     with pytest.raises(GradLiteError, match="unknown; choose one of"):
         gradlite.structured_lora(lora(), hold="none")  # type: ignore[arg-type]
+
+
+def test_trainers_see_that_the_loss_is_tiled(lora: Any, tokens: Tokens) -> None:
+    model = lora()
+    assert not tiles_its_loss(model)
+    assert tiles_its_loss(gradlite.structured_lora(model))
+    assert model(**tokens).logits is None

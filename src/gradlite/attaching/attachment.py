@@ -63,8 +63,7 @@ def attachment_of(model: nn.Module) -> Attachment | None:
 
 def tiles_its_loss(model: nn.Module) -> bool:
     """Whether the model, called with ``labels``, computes its loss without ever making full logits."""
-    attachment = attachment_of(model)
-    return attachment is not None and any(operator.role == "causal_lm" for operator in attachment.operators.found)
+    return any(getattr(module, "gradlite_role", None) == "causal_lm" for module in model.modules())  # PEFT wraps it
 
 
 def attach(

@@ -36,6 +36,9 @@ _HOME = {
     "lora": "adapters",
     "dora": "adapters",
     "ia3": "adapters",
+    "mesp": "mesp",
+    "mebp": "mebp",
+    "mezo": "mezo",
     "gradlite": "attached",
 }
 

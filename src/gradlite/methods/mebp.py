@@ -1,0 +1,95 @@
+"""MeBP: LoRA with every block checkpointed, MeSP's competitor (arXiv 2602.13069): autograd replays each block from its input.
+
+The adapter is PEFT's and trained by AdamW, as in :mod:`gradlite.methods.adapters`. The blocks are Hugging Face's own code; all
+that is added is that a block keeps nothing but its input, in memory or in a memory-mapped file.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from torch import nn
+
+from gradlite.attaching.blocks import named_blocks
+from gradlite.attaching.causal_lm import can_tile_loss
+from gradlite.attaching.twins import become_itself, become_recognised
+from gradlite.errors import GradLiteError
+from gradlite.hold.codec import EXACT
+from gradlite.hold.holder import Holder
+from gradlite.hold.mapped_file import MappedFile
+from gradlite.hold.noise import Noise
+from gradlite.hold.place import HERE
+from gradlite.hold.shelf import Shelf
+from gradlite.methods.adapters import Dropout, Modules, lora
+from gradlite.methods.method import Betas, Count, Epsilon, Method, Rate
+from gradlite.methods.packages import hold_back_torchao_lines, require
+
+BlockInputs = Literal["memory", "mapped"]
+Loss = Literal["own", "tiled"]
+
+
+def mebp(
+    model: nn.Module,
+    lr: Rate,
+    *,
+    rank: Count = 8,
+    alpha: Annotated[float, Field(gt=0)] = 8,
+    dropout: Dropout = 0.0,
+    target_modules: Modules = "all-linear",
+    betas: Betas = (0.9, 0.999),
+    eps: Epsilon = 1e-8,
+    weight_decay: Rate = 0.0,
+    block_inputs: BlockInputs = "memory",
+    loss: Loss = "own",
+) -> Method:
+    """Rank to weight decay as ``lora``'s.
+
+    Args:
+        block_inputs: where a block's input waits: in ``memory``, or in a file that is ``mapped`` into it.
+        loss: the model's ``own``, whose full logits exist, or ``tiled`` over the vocabulary as MeSP's.
+    """
+    hold_back_torchao_lines()  # PEFT imports torchao where it is installed
+    require("peft", "mebp", "peft")
+    adapted = lora(
+        model,
+        lr,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        target_modules=target_modules,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+    )
+    method = CheckpointedBlocks("mebp", adapted.model, adapted.optimizer, adapted.claims)
+    method.replay_blocks(block_inputs, loss)
+    return method
+
+
+class CheckpointedBlocks(Method):
+    """Gives the model its own classes back when it is finished."""
+
+    _changed: list[nn.Module]
+
+    def replay_blocks(self, block_inputs: BlockInputs, loss: Loss) -> None:
+        """Turns the blocks into replayed ones, and the model into one that tiles its loss if that is wanted."""
+        peft_model: Any = self.model
+        inner: nn.Module = peft_model.get_base_model()
+        place = MappedFile(next(inner.parameters()).device) if block_inputs == "mapped" else HERE
+        holder = Holder(EXACT, Noise(0), Shelf(), place)
+        self._changed = [block for _, block in named_blocks(inner)]
+        if not self._changed:
+            raise GradLiteError(
+                f"method 'mebp' replays repeated layers, and {type(inner).__name__} has none; use method 'lora'."
+            )
+        for block in self._changed:
+            become_recognised(block, "block", None, holder)
+        if loss == "tiled":
+            if not can_tile_loss(inner):
+                raise GradLiteError(f"the loss of {type(inner).__name__} cannot be tiled; give loss='own'.")
+            become_recognised(inner, "causal_lm", None, holder)
+            self._changed.append(inner)
+
+    def finish(self) -> nn.Module:
+        for module in self._changed:
+            become_itself(module)
+        return super().finish()

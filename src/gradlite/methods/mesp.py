@@ -1,0 +1,57 @@
+"""MeSP: LoRA whose backward pass is written out by hand and keeps a block's input only (arXiv 2602.13069).
+
+The adapter is PEFT's and trained by AdamW, as in :mod:`gradlite.methods.adapters`; the model is
+:func:`gradlite.structured_lora`'s. Gradients equal those of plain LoRA.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import nn
+
+from gradlite.attaching.holding import Hold
+from gradlite.attaching.structured_lora import Base, structured_lora, undo_structured_lora
+from gradlite.methods.adapters import Dropout, Modules, lora
+from gradlite.methods.method import Betas, Count, Epsilon, Method, Rate
+from gradlite.methods.packages import hold_back_torchao_lines, require
+
+
+def mesp(
+    model: nn.Module,
+    lr: Rate,
+    *,
+    rank: Count = 8,
+    alpha: Annotated[float, Field(gt=0)] = 8,
+    dropout: Dropout = 0.0,
+    target_modules: Modules = "all-linear",
+    betas: Betas = (0.9, 0.999),
+    eps: Epsilon = 1e-8,
+    weight_decay: Rate = 0.0,
+    hold: Hold = "recompute",
+    base: Base = "as it is",
+    store_h: bool = False,
+    seed: int = 0,
+) -> Method:
+    """Rank to weight decay as ``lora``'s; the others are those of :func:`gradlite.structured_lora`."""
+    hold_back_torchao_lines()  # PEFT imports torchao where it is installed
+    require("peft", "mesp", "peft")
+    adapted = lora(
+        model,
+        lr,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        target_modules=target_modules,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+    )
+    structured_lora(adapted.model, hold, base=base, store_h=store_h, seed=seed)
+    return StructuredLoraMethod("mesp", adapted.model, adapted.optimizer, adapted.claims)
+
+
+class StructuredLoraMethod(Method):
+    """Gives the model its own classes back when it is finished."""
+
+    def finish(self) -> nn.Module:
+        return undo_structured_lora(super().finish())
