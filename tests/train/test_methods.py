@@ -57,6 +57,8 @@ def test_a_run_trains_and_resumes_to_the_same_model(train: Train, monkeypatch: p
     assert record["method"] == method
     assert set(record["state_bytes"]) == {"optimizer", "gradients"}
     assert f"trained by {method}" in whole.shown
+    assert ("  gradient " in whole.shown) == (method not in ("lomo", "adamw8bit"))  # no gradient outlives their backward pass
+    assert "nan" not in whole.shown
     card = (whole.path / "README.md").read_text()
     assert f"the method `{method}`" in card
     assert yaml.safe_load(card.split("---")[1])["library_name"] == ("peft" if method == "lora" else "transformers")

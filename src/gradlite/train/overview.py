@@ -84,4 +84,5 @@ def _method_rows(method: Method) -> Iterator[tuple[str, str]]:
         chosen = [parameter for parameter in method.model.parameters() if (id(parameter) in trained) == wanted]
         size = sum(parameter.nbytes for parameter in chosen)
         count = sum(parameter.numel() for parameter in chosen)
-        yield title, f"{in_count(count)} parameters in {len(chosen)} tensors, {in_bytes(size)}"
+        if chosen:
+            yield title, f"{in_count(count)} parameters in {len(chosen)} tensors, {in_bytes(size)}"

@@ -47,10 +47,11 @@ class Progress:
 
 def progress_line(report: StepReport) -> Text:
     """`step 12/60  loss 1.2345  gradient 0.56  812 tokens/s  peak 1.2 GB  left 3:21`, and skipped steps if any."""
+    without_gradient = math.isnan(report.grad_norm) and math.isfinite(report.loss)  # a fused backward pass keeps none
     parts = [
         f"step {report.step}/{report.num_steps}",
         f"loss {report.loss:.4f}",
-        f"gradient {report.grad_norm:.3g}",
+        *([] if without_gradient else [f"gradient {report.grad_norm:.3g}"]),
         f"{report.tokens_per_second:,.0f} tokens/s",
         f"peak {in_bytes(report.peak_memory_bytes)}",
         f"left {in_time(report.seconds_left)}",
