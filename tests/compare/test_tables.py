@@ -124,6 +124,17 @@ def test_quality_takes_the_best_rate_of_the_first_seed_and_the_mean_of_all_seeds
         assert table.notes[-1] == "Held-out loss before training: 3.0000."
 
 
+def test_a_best_rate_at_the_edge_of_the_sweep_is_remarked() -> None:
+    def remark(*losses: float) -> str:
+        records = [record("a", lr, loss=loss) for lr, loss in zip((1e-4, 2e-4, 4e-4), losses, strict=False)]
+        return cell(quality_table(records, "T"), "a", "Remark")
+
+    assert remark(1.0, 1.1, 1.2) == "best rate is the lowest tried"
+    assert remark(1.2, 1.1, 1.0) == "best rate is the highest tried"
+    assert remark(1.2, 1.0, 1.1) == ""
+    assert remark(1.0) == ""
+
+
 def test_a_row_without_a_good_run() -> None:
     table = quality_table([record("a", status="failed", reason="x"), record("b", loss=1.0)], "T", ["a"])
     assert cell(table, "a", "Best rate") == NONE

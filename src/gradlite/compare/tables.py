@@ -110,7 +110,7 @@ def quality_table(records: Sequence[Record], title: str, baselines: Sequence[str
                 _range(finals[name], ".4f"),
                 str(len(finals[name])),
                 *(_percent(finals[name], finals[other]) for other in known),
-                _remark(runs),
+                "; ".join(filter(None, [_remark(runs), _edge(swept, best)])),
             )
         )
     columns = (
@@ -215,6 +215,14 @@ def _remark(runs: Sequence[Record]) -> str:
     ]
     unclipped = any(run.status == "ok" and run.options.get("max_grad_norm", 1.0) is None for run in runs)
     return "; ".join(dict.fromkeys([*reasons, *(["gradients not clipped"] if unclipped else [])]))
+
+
+def _edge(swept: Sequence[Record], best: float | None) -> str:
+    """Said where a rate outside of the sweep may be better still."""
+    tried = {run.lr for run in swept}
+    if best is None or len(tried) < 3 or min(tried) < best < max(tried):
+        return ""
+    return f"best rate is the {'lowest' if best == min(tried) else 'highest'} tried"
 
 
 def _work_notes(records: Sequence[Record]) -> tuple[str, ...]:
