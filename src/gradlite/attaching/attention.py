@@ -10,6 +10,7 @@ from gradlite.ops.attention import attention
 
 IMPLEMENTATION = "gradlite"
 HOLDER = "gradlite_holder"
+FRUGAL = "gradlite_is_frugal"
 
 
 def _forward(
@@ -35,7 +36,16 @@ def _forward(
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return _held(query, key, value, attention_mask, attention_mask is None and bool(causal), scale, holder), None
+    return _held(
+        query,
+        key,
+        value,
+        attention_mask,
+        attention_mask is None and bool(causal),
+        scale,
+        holder,
+        getattr(module, FRUGAL, False),
+    ), None
 
 
 @torch.compiler.disable

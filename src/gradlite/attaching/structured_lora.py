@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from gradlite.attaching.attachment import attachment_of
+from gradlite.attaching.attention import FRUGAL
 from gradlite.attaching.blocks import named_blocks
 from gradlite.attaching.holding import Hold, HoldPlan
 from gradlite.attaching.lora_twins import give_weight_back, keep_in_four_bits
@@ -68,6 +69,9 @@ def structured_lora(
     operators.plan.check_used([each for each, _ in layers])
     structured = StructuredLora(operators)
     take_over(model, operators)
+    for operator in operators.found:
+        if operator.role == "attention":  # at the peak every other tensor is small
+            setattr(operator.module, FRUGAL, True)
     for each, layer in layers:
         become_recognised(layer, "lora", (name, store_h), operators.holder(operators.plan.mode_of(each)))
         structured.layers.append(layer)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradlite.attaching.attention import FRUGAL
 from gradlite.attaching.blocks import replayed
 from gradlite.attaching.causal_lm import forward_with_loss
 from gradlite.attaching.lora_twins import TwinFourBitLinear, TwinLoraLinear, TwinTiledMLP
@@ -238,7 +239,7 @@ def become_itself(module: nn.Module) -> None:
     """Undoes :func:`become_twin` and :func:`become_recognised`."""
     for name in (COORDINATES, RESIDUAL_NORM):
         module._parameters.pop(name, None)
-    for name in ("gradlite_collector", "gradlite_kind", "gradlite_holder"):
+    for name in ("gradlite_collector", "gradlite_kind", "gradlite_holder", FRUGAL):
         module.__dict__.pop(name, None)
     own: type[nn.Module] | None = getattr(module, "gradlite_own_class", None)
     if own is not None:

@@ -216,12 +216,14 @@ def attention(
     is_causal: bool,
     scale: float,
     holder: Holder,
+    is_frugal: bool = False,
 ) -> Tensor:
     """Attention of every query to the keys it may see; the result is B×S×H×D, contiguous.
 
     Args:
         mask: broadcastable to B×H×S×U; bool (True: may be seen) or added to the logits. is_causal: a lower triangle instead
             (then ``mask`` is None). scale: of the logits. holder: how q, k, v and the result wait.
+        is_frugal: kernels with little workspace before faster ones: scores of a block of ours would be the largest tensors.
 
     Under autocast everything is cast first, as in PyTorch's own.
     """
@@ -232,7 +234,7 @@ def attention(
     if not torch.is_grad_enabled():
         return _attend(q_BHSD, k_BGUD, v_BGUD, mask, is_causal, scale)
     function: type[torch.autograd.Function] = _Replayed
-    if _blocks_pay(q_BHSD, k_BGUD, v_BGUD, mask, holder.codec.is_lossy):
+    if not (is_frugal and not holder.codec.is_lossy) and _blocks_pay(q_BHSD, k_BGUD, v_BGUD, mask, holder.codec.is_lossy):
         function = _Blocked
     elif not holder.codec.is_lossy and _flash_takes(q_BHSD, k_BGUD, v_BGUD, mask):
         function = _Flash

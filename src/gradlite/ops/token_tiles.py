@@ -20,7 +20,7 @@ from gradlite.ops.keep import Keep, Kept
 from gradlite.ops.precision import wide
 from gradlite.ops.random_state import random_state, restored
 
-TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
+TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Of one tile, in the part's widest tensors."""
 
 
