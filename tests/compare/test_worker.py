@@ -1,8 +1,10 @@
 """One run: what its record holds, and what becomes of runs that go wrong."""
 
+import inspect
 import io
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ from torch import Tensor
 from gradlite import methods
 from gradlite.compare.loop import UNTIMED_STEPS
 from gradlite.compare.runs import RunSpec
-from gradlite.compare.worker import work
+from gradlite.compare.worker import _SEEDED, work
 from gradlite.errors import GradLiteError
+from gradlite.methods.gradlite import GradLite
 from gradlite.methods.method import Claims, Method
 
 MakeSpec = Callable[..., RunSpec]
@@ -58,6 +61,14 @@ def test_the_same_seed_gives_the_same_losses(make_spec: MakeSpec) -> None:
     first, second = (work(make_spec(steps=3), "").curve.train_loss for _ in range(2))
     assert first == second
     assert work(make_spec(steps=3, seed=1), "").curve.train_loss != first
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_a_method_with_a_seed_of_its_own_gets_the_runs(method: str) -> None:
+    module = import_module(f"gradlite.methods.{methods._HOME[method]}")
+    factory = getattr(module, method.replace("-", "_"))
+    takes_seed = "seed" in inspect.signature(GradLite if method == "gradlite" else factory).parameters
+    assert takes_seed == (method in _SEEDED)
 
 
 def test_a_run_without_held_out_rows_is_measured_all_the_same(make_spec: MakeSpec) -> None:

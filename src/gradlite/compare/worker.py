@@ -48,6 +48,9 @@ _PACKAGES = (
     "apollo-torch", "badam", "ista-daslab-optimizers",
 )  # fmt: skip
 
+_SEEDED = ("gradlite", "mesp", "mezo")
+"""Methods with an option ``seed``; the others draw from torch's generator, where they draw at all."""
+
 
 def work(spec: RunSpec, command: str) -> Record:
     """Do one run and return its record; errors become a record with their reason.
@@ -145,7 +148,7 @@ class _Run:
 
     def _build(self) -> tuple[Method, LRScheduler]:
         spec = self.spec
-        own = {"seed": spec.seed} if spec.method == "gradlite" else {}  # the others draw from torch's generator
+        own = {"seed": spec.seed} if spec.method in _SEEDED else {}
         method = methods.build(spec.method, self.model, lr=spec.lr, **{**own, **spec.options})
         name = "constant_with_warmup" if spec.schedule == "constant" else spec.schedule
         scheduler: LRScheduler = get_scheduler(name, method.optimizer, spec.warmup_steps, spec.steps)
