@@ -49,6 +49,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("mesp", {}),
     ("mesp", {"store_h": True, "hold": "exact"}),
     ("mesp", {"dropout": 0.2}),
+    ("mesp", {"hold": "recompute-mapped"}),
     ("mebp", {}),
     ("mebp", {"block_inputs": "mapped", "loss": "tiled"}),
     ("mebp", {"dropout": 0.2}),
@@ -98,7 +99,7 @@ def test_refusals() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8])
 def test_mapped_files(dtype: torch.dtype, tmp_path: Path) -> None:
-    place = MappedFile(torch.device("cpu"), tmp_path)
+    place = MappedFile(tmp_path)
     leaves = (torch.arange(6).to(dtype).view(2, 3), torch.empty(0, 4, dtype=dtype))
     waiting = place.put(leaves)
     assert list(tmp_path.iterdir()) == []  # unlinked, and yet there

@@ -2,8 +2,8 @@
 
 ``exact``, ``int8``, ``int4``: what operators keep. ``host``: the same as ``exact``, in the host's memory. ``projected``: as
 ``exact``, but a linear layer whose input nothing else keeps holds the input's coordinates ``xP`` (the paper's literal
-scheme). ``recompute``, ``recompute-int8``: only a block's input is kept, as it is or in codes, and the block runs again in
-backward (its operators then keep exact tensors, of one block at a time).
+scheme). ``recompute``, ``recompute-int8``, ``recompute-mapped``: only a block's input is kept, as it is, in codes or in
+memory-mapped files, and the block runs again in backward (its operators then keep exact tensors, of one block at a time).
 """
 
 import re
@@ -15,7 +15,7 @@ from typing import Literal, get_args
 from gradlite.errors import GradLiteError
 from gradlite.hold.codec import EXACT, INT4, INT8, Codec
 
-HoldMode = Literal["exact", "int8", "int4", "projected", "host", "recompute", "recompute-int8"]
+HoldMode = Literal["exact", "int8", "int4", "projected", "host", "recompute", "recompute-int8", "recompute-mapped"]
 Hold = HoldMode | Mapping[str, HoldMode]
 """One mode, or ``{pattern: mode}``: the first pattern that matches the name of a module or of one of its parents decides."""
 
@@ -29,6 +29,7 @@ class Mode:
     boundary: Codec | None = None
     is_projected: bool = False
     is_on_host: bool = False
+    boundary_is_mapped: bool = False
 
 
 MODES: dict[str, Mode] = {
@@ -39,6 +40,7 @@ MODES: dict[str, Mode] = {
     "host": Mode("host", EXACT, is_on_host=True),
     "recompute": Mode("recompute", EXACT, EXACT),
     "recompute-int8": Mode("recompute-int8", EXACT, INT8),
+    "recompute-mapped": Mode("recompute-mapped", EXACT, EXACT, boundary_is_mapped=True),
 }
 
 

@@ -14,6 +14,7 @@ from gradlite.attaching.recognise import activation_kind, gated_layout, norm_kin
 from gradlite.attaching.twins import become_itself, become_recognised
 from gradlite.hold.holder import Holder
 from gradlite.hold.host import Host
+from gradlite.hold.mapped_file import MappedFile
 from gradlite.hold.noise import Noise
 from gradlite.hold.place import HERE
 from gradlite.hold.shelf import Shelf
@@ -40,6 +41,7 @@ class Operators:
         self.attention_switched = False
         self._shelf = Shelf()
         self._host = Host()
+        self._mapped = MappedFile()
         self._holders: dict[tuple[str, bool], Holder] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -52,7 +54,8 @@ class Operators:
         key = mode.name, is_boundary
         if key not in self._holders:
             codec = mode.boundary if is_boundary and mode.boundary is not None else mode.codec
-            place = self._host if mode.is_on_host else HERE
+            is_mapped = is_boundary and mode.boundary_is_mapped
+            place = self._mapped if is_mapped else self._host if mode.is_on_host else HERE
             self._holders[key] = Holder(codec, self.noise, self._shelf, place, mode.is_projected)
         return self._holders[key]
 

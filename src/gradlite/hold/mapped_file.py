@@ -13,13 +13,17 @@ from torch import Tensor
 
 
 class MappedFile:
-    """A place (:class:`gradlite.hold.place.Place`) in files of ``directory`` (None: the system's own for temporary files)."""
+    """A place (:class:`gradlite.hold.place.Place`) in files of ``directory`` (None: the system's own for temporary files).
 
-    def __init__(self, device: torch.device, directory: Path | None = None) -> None:
-        self._device = device
+    For the leaves of one device.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
         self._directory = directory
+        self._device = torch.device("cpu")
 
     def put(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        self._device = leaves[0].device
         return tuple(self._mapped(leaf) for leaf in leaves)
 
     def fetch(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import nn
+from torch.optim import Optimizer
 
 from gradlite.attaching.blocks import named_blocks
 from gradlite.attaching.causal_lm import can_tile_loss
@@ -20,7 +21,7 @@ from gradlite.hold.noise import Noise
 from gradlite.hold.place import HERE
 from gradlite.hold.shelf import Shelf
 from gradlite.methods.adapters import Dropout, Modules, lora
-from gradlite.methods.method import Betas, Count, Epsilon, Method, Rate
+from gradlite.methods.method import Betas, Claims, Count, Epsilon, Method, Rate
 from gradlite.methods.packages import hold_back_torchao_lines, require
 
 BlockInputs = Literal["memory", "mapped"]
@@ -60,34 +61,38 @@ def mebp(
         eps=eps,
         weight_decay=weight_decay,
     )
-    method = CheckpointedBlocks("mebp", adapted.model, adapted.optimizer, adapted.claims)
-    method.replay_blocks(block_inputs, loss)
-    return method
+    changed = replay_blocks(adapted.model, block_inputs, loss)
+    return CheckpointedBlocks("mebp", adapted.model, adapted.optimizer, adapted.claims, changed)
+
+
+def replay_blocks(peft_model: Any, block_inputs: BlockInputs, loss: Loss) -> list[nn.Module]:
+    """Turns the blocks into replayed ones, and the model into one that tiles its loss if that is wanted; returns all of them.
+
+    Raises:
+        GradLiteError: a model without repeated layers, or whose loss cannot be tiled.
+    """
+    inner: nn.Module = peft_model.get_base_model()
+    changed = [block for _, block in named_blocks(inner)]
+    if not changed:
+        raise GradLiteError(f"method 'mebp' replays repeated layers, and {type(inner).__name__} has none; use method 'lora'.")
+    if loss == "tiled" and not can_tile_loss(inner):
+        raise GradLiteError(f"the loss of {type(inner).__name__} cannot be tiled; give loss='own'.")
+    place = MappedFile() if block_inputs == "mapped" else HERE
+    holder = Holder(EXACT, Noise(0), Shelf(), place)
+    for block in changed:
+        become_recognised(block, "block", None, holder)
+    if loss == "tiled":
+        become_recognised(inner, "causal_lm", None, holder)
+        changed.append(inner)
+    return changed
 
 
 class CheckpointedBlocks(Method):
     """Gives the model its own classes back when it is finished."""
 
-    _changed: list[nn.Module]
-
-    def replay_blocks(self, block_inputs: BlockInputs, loss: Loss) -> None:
-        """Turns the blocks into replayed ones, and the model into one that tiles its loss if that is wanted."""
-        peft_model: Any = self.model
-        inner: nn.Module = peft_model.get_base_model()
-        place = MappedFile(next(inner.parameters()).device) if block_inputs == "mapped" else HERE
-        holder = Holder(EXACT, Noise(0), Shelf(), place)
-        self._changed = [block for _, block in named_blocks(inner)]
-        if not self._changed:
-            raise GradLiteError(
-                f"method 'mebp' replays repeated layers, and {type(inner).__name__} has none; use method 'lora'."
-            )
-        for block in self._changed:
-            become_recognised(block, "block", None, holder)
-        if loss == "tiled":
-            if not can_tile_loss(inner):
-                raise GradLiteError(f"the loss of {type(inner).__name__} cannot be tiled; give loss='own'.")
-            become_recognised(inner, "causal_lm", None, holder)
-            self._changed.append(inner)
+    def __init__(self, name: str, model: nn.Module, optimizer: Optimizer, claims: Claims, changed: list[nn.Module]) -> None:
+        super().__init__(name, model, optimizer, claims)
+        self._changed = changed
 
     def finish(self) -> nn.Module:
         for module in self._changed:

@@ -56,6 +56,12 @@ def direction(parameter: Tensor, seed: int) -> Iterator[tuple[int, Tensor]]:
         yield start, torch.randn(size, generator=generator, device=parameter.device)
 
 
+def draw(optimizer: "ZerothOrderSGD", parameter: nn.Parameter) -> Tensor:
+    """``z`` of one tensor in the step that is under way, float32, in its shape."""
+    seed = _parameter_seed(optimizer.seed, optimizer.numbers[id(parameter)])
+    return torch.cat([z for _, z in direction(parameter, seed)]).view(parameter.shape)
+
+
 class ZerothOrderSGD(Optimizer):
     """Steps along ``z`` by the projected gradient that backward left in ``projected.grad``. Keeps the log, and no more.
 

@@ -1,0 +1,159 @@
+"""MeSP against MeBP: peak memory above the weights and step time of LoRA training, on Qwen2.5's shapes with random weights.
+
+    python benchmarks/mesp.py --out benchmarks/results/mesp.jsonl [--shape 0.5b,1.5b,3b] [--length 256,512,1024]
+        [--only METHOD,…] [--repeats 3]      (--repeats 0: memory only)
+
+Batch 1, bfloat16, rank 8 on the seven projections with adapters in bfloat16, tied head. Every method, shape and length is a
+process of its own and one JSON line. Peaks are sums of live tensors, from the profiler's allocation events; memory-mapped files
+are outside. ``peak``: forward and backward of a whole step. ``body_peak``: the same without the vocabulary head (its gradient
+is given). ``head_peak``: the head and its loss alone, from given hidden states. ``block_inputs``: what waits between forward
+and backward. The ladder: eager; checkpointed (MeBP) with Hugging Face's own loss, with the tiled one, and with block inputs in
+mapped files; structured storing h; structured (MeSP), and with block inputs in mapped files.
+"""
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from holding import peak_and_growth
+from record import append, describe
+from torch import Tensor, nn
+
+from gradlite.attaching.structured_lora import structured_lora
+from gradlite.methods.mebp import replay_blocks
+
+SHAPES: dict[str, tuple[int, int, int, int, int]] = {  # layers, width, heads, key-value heads, MLP: Qwen2.5's configurations
+    "0.5b": (24, 896, 14, 2, 4864),
+    "1.5b": (28, 1536, 12, 2, 8960),
+    "3b": (36, 2048, 16, 2, 11008),
+}
+VOCABULARY = 151_936
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+METHODS = ("eager", "mebp", "mebp-tiled", "mebp-tiled-mapped", "mesp-storing-h", "mesp", "mesp-mapped")
+
+
+def build(method: str, shape: str, base: str) -> Any:
+    """The model with its adapter, in training mode; the same weights for every method."""
+    import peft
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    layers, width, heads, kv_heads, hidden = SHAPES[shape]
+    config = AutoConfig.for_model(
+        "qwen2", hidden_size=width, intermediate_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=VOCABULARY, tie_word_embeddings=True, max_position_embeddings=32_768,
+        rms_norm_eps=1e-6, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with warnings.catch_warnings():  # PEFT asks transformers under a name that is on its way out
+        warnings.simplefilter("ignore", FutureWarning)
+        settings = peft.LoraConfig(r=8, lora_alpha=16, target_modules=PROJECTIONS)
+        adapted = peft.get_peft_model(model, settings, autocast_adapter_dtype=False)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    adapted.train()
+    if method.startswith("mesp"):
+        hold = "recompute-mapped" if method.endswith("mapped") else "recompute"
+        structured_lora(adapted, hold, base=base, store_h=method.endswith("storing-h"))  # type: ignore[arg-type]
+    elif method.startswith("mebp"):
+        replay_blocks(adapted, "mapped" if method.endswith("mapped") else "memory", "tiled" if "tiled" in method else "own")
+    return adapted
+
+
+def worker(method: str, shape: str, length: int, repeats: int, base: str) -> dict[str, Any]:
+    """One cell's figures."""
+    model = build(method, shape, base)
+    inner = model.get_base_model()
+    ids = torch.randint(0, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))
+    width = SHAPES[shape][1]
+    upstream = torch.randn(1, length, width, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def step() -> float:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        model.zero_grad()
+        return float(loss.detach())
+
+    def body() -> None:
+        inner.model(input_ids=ids).last_hidden_state.backward(upstream)
+        model.zero_grad()
+
+    def head() -> None:
+        hidden = upstream.detach().requires_grad_()
+        head_loss(inner, hidden, ids).backward()
+
+    loss = 0.0
+    for _ in range(2):  # the second one finds everything compiled
+        loss = step()
+        body()
+        head()
+    gc.collect()
+    peaks = {"peak_bytes": peak_and_growth(step)[0], "body_peak_bytes": peak_and_growth(body)[0]}
+    peaks["head_peak_bytes"] = peak_and_growth(head)[0]
+    waiting = peak_and_growth(lambda: inner.model(input_ids=ids).last_hidden_state)[1]
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        step()
+        seconds.append(round(time.perf_counter() - began, 3))
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    return {
+        "method": method,
+        "shape": shape,
+        "length": length,
+        "base": base,
+        "loss": round(loss, 6),
+        "step_seconds": seconds,
+        **peaks,
+        "waiting_bytes": waiting,
+        "adapter_gradient_bytes": trained,
+    }
+
+
+def head_loss(inner: Any, hidden: Tensor, ids: Tensor) -> Tensor:
+    """The model's own loss where that is not replaced, the tiled one otherwise."""
+    from gradlite.attaching import tiles_its_loss
+    from gradlite.attaching.causal_lm import causal_lm_loss
+
+    if tiles_its_loss(inner):
+        return causal_lm_loss(inner, hidden, ids)
+    loss: Tensor = inner.loss_function(logits=inner.lm_head(hidden), labels=ids, vocab_size=VOCABULARY)
+    return loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shape", default=",".join(SHAPES))
+    parser.add_argument("--length", default="256,512,1024")
+    parser.add_argument("--only", default=",".join(METHODS))
+    parser.add_argument("--base", default="as it is", choices=("as it is", "int4"), help="frozen weights of MeSP's blocks")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        cell = worker(arguments.only, arguments.shape, int(arguments.length), arguments.repeats, arguments.base)
+        print(json.dumps(cell))
+        return
+    for shape in arguments.shape.split(","):
+        for length in arguments.length.split(","):
+            for method in arguments.only.split(","):
+                command = [sys.executable, __file__, "--worker", "--out", "-", "--shape", shape, "--length", length]
+                command += ["--only", method, "--base", arguments.base, "--repeats", str(arguments.repeats)]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                record = {**json.loads(done.stdout.splitlines()[-1]), **describe()}
+                append(arguments.out, record)
+                shown = {key: value for key, value in record.items() if key not in ("versions", "machine", "command", "date")}
+                print(shown, flush=True)
+
+
+if __name__ == "__main__":
+    main()
