@@ -11,7 +11,7 @@ from gradlite.report.provenance import of_records
 from gradlite.report.rows import Group, Row
 from gradlite.report.section import Picture, Section, area_keys, line_key
 from gradlite.report.sentences import of_group
-from gradlite.report.tables import experiment_tables, runs_table, table_number
+from gradlite.report.tables import experiment_tables, folded_tables, table_number
 from gradlite.report.words import in_loss, in_memory
 
 _SMOOTHED = 10
@@ -30,7 +30,7 @@ def _section(group: Group, prefix: str) -> Section:
     by_look = [*_losses(group, looks, prefix), *_trade(group, looks, prefix), *_energy(group, looks, prefix)]
     legend = [line_key(row.name, looks[row.name]) for row in group.rows if row.best and by_look]
     pictures = [*_memory(group, prefix), *by_look]
-    return Section(group.experiment, of_group(group), experiment_tables(group), legend, pictures, [runs_table(group.records)])
+    return Section(group.experiment, of_group(group), experiment_tables(group), legend, pictures, folded_tables(group))
 
 
 def _memory(group: Group, prefix: str) -> list[Picture]:

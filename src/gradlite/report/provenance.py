@@ -20,10 +20,10 @@ def of_records(records: Sequence[Record]) -> Origin:
     """Of the records that a figure shows."""
     dates = sorted({record.date for record in records if record.date})
     facts = [
-        ("records", f"{counted(len(records), 'run')}: {', '.join(record.run for record in records)}"),
         ("versions", _each(_versions(record.versions) for record in records)),
         ("machine", _each(_machine(record.machine) for record in records)),
         ("date", _span(dates)),
+        ("records", f"{counted(len(records), 'run')}: {', '.join(record.run for record in records)}"),
     ]
     return Origin(facts, list(dict.fromkeys(record.command for record in records if record.command)))
 

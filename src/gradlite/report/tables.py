@@ -39,12 +39,20 @@ def experiment_tables(group: Group) -> list[Table]:
     if number is not None:
         preset = load_experiment(group.experiment)
         baselines, title, kind = preset.baselines, f"Table {number}: {preset.title}", preset.kind
-    found = []
+    records, found = group.records, []
     if kind == "memory" or (not kind and any(row.peak_bytes or row.tokens_per_second for row in group.rows)):
-        found.append(tables.memory_table(group.records, title if kind else f"{title}: memory and throughput", baselines))
-    if kind in ("quality", "ablation") or (not kind and any(record.held_out for record in group.records)) or not found:
-        found.append(tables.quality_table(group.records, title if kind else f"{title}: held-out loss", baselines))
+        found.append(tables.memory_table(records, title if kind else f"{title}: memory and throughput"))
+        ratios = tables.ratio_table(records, f"{title}: ratios", baselines)
+        found += [ratios] if len(ratios.columns) > 1 else []
+    if kind in ("quality", "ablation") or (not kind and any(record.held_out for record in records)) or not found:
+        found.append(tables.quality_table(records, title if kind else f"{title}: held-out loss", baselines))
     return [_shown(table) for table in found]
+
+
+def folded_tables(group: Group) -> list[Table]:
+    """What the bars of memory show, in numbers, and every run by itself."""
+    by_category = _shown(tables.category_table(group.records, "Bytes at the moment of the peak"))
+    return [*([by_category] if len(by_category.columns) > 1 else []), runs_table(group.records)]
 
 
 def runs_table(records: Sequence[Record]) -> Table:

@@ -48,7 +48,7 @@ def _results(run: TrainedRun) -> Table:
             [f"{name}, at the end", in_memory(value)] for name, value in states.items() if isinstance(value, int) and value
         ]
     return Table(
-        run.name, ["", "value"], [row for row in rows if row[1] != NOTHING], [False, True], "Losses in nats per token."
+        run.name, ["result", "value"], [row for row in rows if row[1] != NOTHING], [False, True], "Losses in nats per token."
     )
 
 
