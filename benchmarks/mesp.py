@@ -36,7 +36,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int]] = {  # layers, width, heads, k
 }
 VOCABULARY = 151_936
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-METHODS = ("eager", "mebp", "mebp-tiled", "mebp-tiled-mapped", "mesp-storing-h", "mesp", "mesp-mapped")
+METHODS = ("eager", "mebp", "mebp-tiled", "mebp-tiled-mapped", "mesp-storing-h", "mesp", "mesp-every-second", "mesp-mapped")
 
 
 def build(method: str, shape: str, base: str) -> Any:
@@ -62,7 +62,8 @@ def build(method: str, shape: str, base: str) -> Any:
     adapted.train()
     if method.startswith("mesp"):
         hold = "recompute-mapped" if method.endswith("mapped") else "recompute"
-        structured_lora(adapted, hold, base=base, store_h=method.endswith("storing-h"))  # type: ignore[arg-type]
+        inputs = "every second" if method.endswith("every-second") else "every block"
+        structured_lora(adapted, hold, base=base, store_h=method.endswith("storing-h"), inputs=inputs)  # type: ignore[arg-type]
     elif method.startswith("mebp"):
         replay_blocks(adapted, "mapped" if method.endswith("mapped") else "memory", "tiled" if "tiled" in method else "own")
     return adapted

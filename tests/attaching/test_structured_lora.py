@@ -1,6 +1,7 @@
 """PEFT's LoRA structured: gradients, losses, files and refusals, on small random models."""
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -142,6 +143,43 @@ def trained(model: Any) -> list[Any]:
 def mean_error(model: Any, exact: Any) -> float:
     errors = [(p.grad - q.grad).norm() / q.grad.norm() for p, q in zip(trained(model), trained(exact), strict=True)]
     return float(torch.stack(errors).mean())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("layers", [2, 5])
+def test_every_second_input_kept(layers: int, dropout: float, build: Build, tokens: Tokens) -> None:
+    """The same bits as with every input kept; blocks without an input run once more."""
+    gradients, runs = [], []
+    for inputs in ("every block", "every second"):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=3, target_modules=SEVEN, lora_dropout=dropout, init_lora_weights=False)
+        plain = peft.get_peft_model(build(num_hidden_layers=layers), config)
+        model = gradlite.structured_lora(plain, inputs=inputs).train()
+        calls: list[int] = []
+        for module in model.modules():
+            if type(module).__name__ == "LlamaAttention":
+                module.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        backward(model, tokens)
+        gradients.append([p.grad for p in trained(model)])
+        runs.append(len(calls))
+    assert all(torch.equal(p, q) for p, q in zip(*gradients, strict=True))
+    assert runs == [2 * layers, 2 * layers + layers // 2]
+
+
+def test_every_second_input_holds_half(build: Build) -> None:
+    """Tensors that live between forward and backward, without those of autograd's parameters."""
+    ids = torch.randint(3, 50, (2, 9))
+    counts = []
+    for inputs in ("every block", "every second"):
+        plain = peft.get_peft_model(build(num_hidden_layers=6), peft.LoraConfig(r=3, target_modules=SEVEN))
+        model = gradlite.structured_lora(plain, inputs=inputs)
+        loss = model(input_ids=ids, labels=ids).loss
+        gc.collect()
+        alive = [one for one in gc.get_objects() if type(one) is Tensor and one.shape in ((2, 9, 32), (18, 32))]
+        counts.append(len({one.untyped_storage().data_ptr() for one in alive}))
+        del alive, loss, model, plain
+        gc.collect()
+    assert counts[0] - counts[1] == 3
 
 
 def test_h_kept(lora: Any, tokens: Tokens) -> None:

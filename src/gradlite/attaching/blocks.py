@@ -1,14 +1,18 @@
 """Blocks: the repeated layers of a model, which can be replayed in backward instead of keeping anything but their input."""
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from gradlite.hold.codec import Codec
 from gradlite.hold.holder import Holder
+from gradlite.ops.random_state import random_state, restored
 
 
 def named_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -26,8 +30,9 @@ def named_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 class _Boundary:
     """A block's input: the tensor itself during the forward pass, its leaves until the replay."""
 
-    def __init__(self, hidden: Tensor, holder: Holder) -> None:
+    def __init__(self, hidden: Tensor, holder: Holder, source: "_Replay | None" = None) -> None:
         self._hidden: Tensor | None = hidden
+        self._source = source  # makes the tensor anew, in the place of leaves
         self._holder = holder
         self._shape, self._dtype, self._needs_grad = hidden.shape, hidden.dtype, hidden.requires_grad
         self._leaves: tuple[Tensor, ...] = ()
@@ -36,6 +41,9 @@ class _Boundary:
     def put_away(self) -> None:
         """After the forward pass."""
         assert self._hidden is not None
+        if self._source is not None:
+            self._hidden = None
+            return
         with torch.no_grad():
             rows = self._hidden.reshape(-1, self._shape[-1])
             self._leaves = tuple(leaf.detach() for leaf in self._holder.encode(rows))
@@ -44,16 +52,75 @@ class _Boundary:
     def get(self) -> Tensor:
         if self._hidden is not None:
             return self._hidden
+        if self._source is not None:
+            return self._source.result_again().requires_grad_(self._needs_grad)
         with torch.no_grad():
             hidden = self._holder.decode(self._leaves, self._shape[-1], self._dtype).view(self._shape)
         return hidden.requires_grad_(self._needs_grad)
 
 
-def replayed(block: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], holder: Holder) -> Any:
+class _Replay:
+    """One block's run, which can be made again for its result. Nothing is kept of it but ``boundary``."""
+
+    def __init__(self, run: Callable[[], Any], boundary: _Boundary, is_random: bool, device: torch.device) -> None:
+        self._run = run
+        self._device = device
+        self._state = random_state(device) if is_random else None
+        self._result: weakref.ref[Tensor] | None = None
+        self.boundary = boundary
+
+    def ended(self, result: Any) -> None:
+        """Remembers which tensor came of it."""
+        self._result = weakref.ref(_first(result))
+
+    def made(self, hidden: Tensor) -> bool:
+        """Whether this tensor came of it."""
+        return self._result is not None and self._result() is hidden
+
+    def result_again(self) -> Tensor:
+        """With gradients, so that the operators round as they did, but what they save is dropped at once."""
+        with torch.enable_grad(), saved_tensors_hooks(_drop, _never), restored(self._state, self._device):
+            return _first(self._run()).detach()
+
+
+class Chain:
+    """Lets every second block of a model keep nothing: its input is made anew by the block before it, which is kept.
+
+    Half the memory of all blocks' inputs, for half a forward pass of the blocks.
+    """
+
+    def __init__(self) -> None:
+        self.kept: _Replay | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"kept": None}
+
+    def clear(self) -> None:
+        """When a forward pass is over."""
+        self.kept = None
+
+
+def _drop(_: Tensor) -> None:
+    return None
+
+
+def _never(_: Any) -> Tensor:
+    raise AssertionError("nothing goes backward through a run that was made for its result")
+
+
+def _first(result: Any) -> Tensor:
+    first: Tensor = result if isinstance(result, Tensor) else result[0]
+    return first
+
+
+def replayed(
+    block: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], holder: Holder, chain: Chain | None = None
+) -> Any:
     """Runs ``block(*arguments, **keywords)``, keeping its first tensor as ``holder`` does and nothing else.
 
     Through torch's non-reentrant checkpointing, so that random state is kept, hooks run, and the replay ends as soon as all
-    that backward needs exists. Keys and values are not collected meanwhile.
+    that backward needs exists. Keys and values are not collected meanwhile. With a ``chain``, nothing is kept where the block
+    before this one can make the tensor anew.
     """
     if not arguments and "hidden_states" not in keywords:
         return block(*arguments, **keywords)
@@ -62,7 +129,8 @@ def replayed(block: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], h
     for key, off in (("past_key_values", None), ("use_cache", False)):
         if key in keywords:
             keywords[key] = off
-    boundary = _Boundary(hidden, holder)
+    source = chain.kept if chain is not None and chain.kept is not None and chain.kept.made(hidden) else None
+    boundary = _Boundary(hidden, holder, source)
 
     def run(*others: Any) -> Any:
         try:
@@ -70,6 +138,11 @@ def replayed(block: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], h
         finally:  # also where the replay ends in the middle
             holder.shelf.clear()
 
+    if chain is not None:
+        is_random = any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in block.__self__.modules())
+        chain.kept = _Replay(partial(run, *arguments[1:]), boundary, is_random, hidden.device) if source is None else None
     result = checkpoint(run, *arguments[1:], use_reentrant=False)
+    if chain is not None and chain.kept is not None:
+        chain.kept.ended(result)
     boundary.put_away()
     return result

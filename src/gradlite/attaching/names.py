@@ -2,3 +2,4 @@
 
 COORDINATES = "gradlite_coordinates"
 RESIDUAL_NORM = "gradlite_residual_norm"
+CHAIN = "gradlite_chain"

@@ -12,15 +12,17 @@ from torch.utils.hooks import RemovableHandle
 
 from gradlite.attaching.attachment import attachment_of
 from gradlite.attaching.attention import FRUGAL
-from gradlite.attaching.blocks import named_blocks
+from gradlite.attaching.blocks import Chain, named_blocks
 from gradlite.attaching.holding import Hold, HoldPlan
 from gradlite.attaching.lora_twins import give_weight_back, keep_in_four_bits
+from gradlite.attaching.names import CHAIN
 from gradlite.attaching.operators import Operator, Operators, give_back, recognise, take_over
 from gradlite.attaching.twins import become_itself, become_recognised
 from gradlite.errors import GradLiteError
 
 Model = TypeVar("Model", bound=nn.Module)
 Base = Literal["as it is", "int4"]
+Inputs = Literal["every block", "every second"]
 
 _ATTRIBUTE = "_gradlite_structured_lora"
 
@@ -30,6 +32,7 @@ class StructuredLora:
 
     def __init__(self, operators: Operators) -> None:
         self.operators = operators
+        self.chain = Chain()
         self.layers: list[nn.Module] = []
         self.four_bit: list[tuple[nn.Module, torch.dtype]] = []
         self.hooks: list[RemovableHandle] = []
@@ -41,6 +44,7 @@ def structured_lora(
     *,
     base: Literal["as it is", "int4"] = "as it is",
     store_h: bool = False,
+    inputs: Inputs = "every block",
     seed: int = 0,
 ) -> Model:
     """Gives a PEFT LoRA model backward passes that keep little, in place; returns it. Gradients equal PEFT's.
@@ -55,7 +59,9 @@ def structured_lora(
             without dropout. hold: how tensors wait for backward; see :func:`gradlite.attach`.
         base: ``"int4"`` keeps the frozen linear layers of the blocks in four bits (groups of 64, 0.53 bytes a parameter),
             decoded a few rows at a time in forward and backward. Their weights are rounded by it, for good.
-        store_h: ``h = xAᵀ`` waits for backward as well, instead of being computed again. seed: of lossy ways of holding.
+        store_h: ``h = xAᵀ`` waits for backward as well, instead of being computed again.
+        inputs: ``"every second"`` replayed block's input is kept and the block before it makes the others anew: half of what is
+            by far the largest part of the memory, for half a forward pass of the blocks. seed: of lossy ways of holding.
 
     Raises:
         GradLiteError: no PEFT model, another tuner, merged or several adapters, trainable base weights, variants of LoRA
@@ -72,6 +78,8 @@ def structured_lora(
     for operator in operators.found:
         if operator.role == "attention":  # at the peak every other tensor is small
             setattr(operator.module, FRUGAL, True)
+        elif operator.role == "block" and inputs == "every second":
+            setattr(operator.module, CHAIN, structured.chain)
     for each, layer in layers:
         become_recognised(layer, "lora", (name, store_h), operators.holder(operators.plan.mode_of(each)))
         structured.layers.append(layer)
@@ -110,6 +118,7 @@ def _clear_shelf(model: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> No
     structured: StructuredLora | None = getattr(model, _ATTRIBUTE, None)
     if structured is not None:
         structured.operators.clear_shelf()
+        structured.chain.clear()
 
 
 def _inner(peft_model: Any) -> nn.Module:

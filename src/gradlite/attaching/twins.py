@@ -19,7 +19,7 @@ from gradlite.attaching.attention import FRUGAL
 from gradlite.attaching.blocks import replayed
 from gradlite.attaching.causal_lm import forward_with_loss
 from gradlite.attaching.lora_twins import TwinFourBitLinear, TwinLoraLinear, TwinTiledMLP
-from gradlite.attaching.names import COORDINATES, RESIDUAL_NORM
+from gradlite.attaching.names import CHAIN, COORDINATES, RESIDUAL_NORM
 from gradlite.attaching.recognise import GatedLayout, gated_forward
 from gradlite.hold.holder import Holder
 from gradlite.ops.activation import ActivationKind, activation
@@ -160,7 +160,7 @@ class TwinBlock(nn.Module):
         own = super().forward
         if not torch.is_grad_enabled():
             return own(*arguments, **keywords)
-        return replayed(own, arguments, keywords, self.gradlite_holder)
+        return replayed(own, arguments, keywords, self.gradlite_holder, getattr(self, CHAIN, None))
 
 
 class TwinCausalLM(nn.Module):
@@ -239,7 +239,7 @@ def become_itself(module: nn.Module) -> None:
     """Undoes :func:`become_twin` and :func:`become_recognised`."""
     for name in (COORDINATES, RESIDUAL_NORM):
         module._parameters.pop(name, None)
-    for name in ("gradlite_collector", "gradlite_kind", "gradlite_holder", FRUGAL):
+    for name in ("gradlite_collector", "gradlite_kind", "gradlite_holder", FRUGAL, CHAIN):
         module.__dict__.pop(name, None)
     own: type[nn.Module] | None = getattr(module, "gradlite_own_class", None)
     if own is not None:

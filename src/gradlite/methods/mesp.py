@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from gradlite.attaching.holding import Hold
-from gradlite.attaching.structured_lora import Base, structured_lora, undo_structured_lora
+from gradlite.attaching.structured_lora import Base, Inputs, structured_lora, undo_structured_lora
 from gradlite.methods.adapters import Dropout, Modules, lora
 from gradlite.methods.method import Betas, Count, Epsilon, Method, Rate
 from gradlite.methods.packages import hold_back_torchao_lines, require
@@ -30,6 +30,7 @@ def mesp(
     hold: Hold = "recompute",
     base: Base = "as it is",
     store_h: bool = False,
+    inputs: Inputs = "every block",
     seed: int = 0,
 ) -> Method:
     """Rank to weight decay as ``lora``'s; the others are those of :func:`gradlite.structured_lora`."""
@@ -46,7 +47,7 @@ def mesp(
         eps=eps,
         weight_decay=weight_decay,
     )
-    structured_lora(adapted.model, hold, base=base, store_h=store_h, seed=seed)
+    structured_lora(adapted.model, hold, base=base, store_h=store_h, inputs=inputs, seed=seed)
     return StructuredLoraMethod("mesp", adapted.model, adapted.optimizer, adapted.claims)
 
 
