@@ -28,7 +28,7 @@ def test_files_directories_and_lines_give_the_same_records(record: Make, write_r
 
 def test_other_files_of_a_directory_are_left_out_and_named(record: Make, write_records: Any) -> None:
     folder = write_records(record())
-    (folder / "theorem.json").write_text('{"experiment": "theorem", "points": []}')
+    (folder / "theorem.json").write_text('{"experiment": "theorem", "record_version": 1, "points": []}')
     (folder / "old.jsonl").write_text('{"loss": 1}\n{"loss": 2}\n')
     found = read([folder])
     assert isinstance(found, Records)

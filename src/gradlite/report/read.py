@@ -94,7 +94,7 @@ def _entries(file: Path) -> list[tuple[str, Any]]:
 
 def _record(place: str, entry: Any) -> Record:
     if not _is_record(entry):
-        raise GradLiteError(f"{place} is no record of a comparison: it has no record_version.")
+        raise GradLiteError(f"{place} is no record of a training run; `gradlite compare` writes those.")
     try:
         return Record.model_validate(entry)
     except ValidationError as error:
@@ -106,7 +106,8 @@ def _record(place: str, entry: Any) -> Record:
 
 
 def _is_record(entry: Any) -> bool:
-    return isinstance(entry, dict) and "record_version" in entry
+    """The theorem's experiments have records of their own, with tables and a plot beside them."""
+    return isinstance(entry, dict) and "record_version" in entry and entry.get("experiment") != "theorem"
 
 
 def _is_number(value: Any) -> bool:
