@@ -169,10 +169,12 @@ def test_a_diverged_run_counts_as_infinite() -> None:
     assert summary["ratios"] == [{"problem": "p", "rank": 2, "times_lower": 5.0}]
 
 
-def test_divergence_is_noticed() -> None:
+@pytest.mark.parametrize(("variant", "lr"), [(EXACT, 50.0), (FACTORED[0], 50.0), (FACTORED[0], 1e60)])
+def test_divergence_is_noticed(variant: Variant, lr: float) -> None:
     problem = small_least_squares()
-    point = Point("floor", problem.name, "floor", EXACT.name, None, 2000, 50.0, 0)
-    assert math.isnan(run_point(problem, EXACT, point, 8)["suboptimality"])
+    point = Point("floor", problem.name, "floor", variant.name, 4, 400, lr, 0)
+    reached = run_point(problem, variant, point, 8)
+    assert all(math.isnan(value) for name, value in reached.items() if name != "seconds")
 
 
 TINY = Settings(

@@ -18,6 +18,7 @@ import math
 import platform
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -142,16 +143,20 @@ def run_point(problem: ConvexProblem, variant: Variant, point: Point, batch_size
     average_MN, half_MN = torch.zeros_like(sgd.weight_MN), torch.zeros_like(sgd.weight_MN)
     half = point.steps // 2
     began = time.perf_counter()
-    for step, index_B in enumerate(index_SB):
-        x_BN = problem.x_TN[index_B]
-        left_BM = problem.output_gradient(x_BN @ sgd.weight_MN.T, problem.y_TM[index_B]) / batch_size
-        sgd.step(left_BM, x_BN)
-        average_MN.lerp_(sgd.weight_MN, 1.0 / (step + 1))
-        if step >= half:
-            half_MN.lerp_(sgd.weight_MN, 1.0 / (step + 1 - half))
-        if not float(sgd.weight_MN.norm()) < DIVERGED:
-            return dict.fromkeys(_SUBOPTIMALITIES, math.nan) | {"seconds": round(time.perf_counter() - began, 3)}
-    reached = [problem.suboptimality(weight_MN) for weight_MN in (average_MN, half_MN, sgd.weight_MN)]
+    reached = [math.nan] * len(_SUBOPTIMALITIES)
+    # What a diverging run holds can overflow within one step, and the factored memory's eigenvectors then cannot be found.
+    with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        for step, index_B in enumerate(index_SB):
+            x_BN = problem.x_TN[index_B]
+            left_BM = problem.output_gradient(x_BN @ sgd.weight_MN.T, problem.y_TM[index_B]) / batch_size
+            sgd.step(left_BM, x_BN)
+            if not float(sgd.weight_MN.norm()) < DIVERGED:
+                break
+            average_MN.lerp_(sgd.weight_MN, 1.0 / (step + 1))
+            if step >= half:
+                half_MN.lerp_(sgd.weight_MN, 1.0 / (step + 1 - half))
+        else:
+            reached = [problem.suboptimality(weight_MN) for weight_MN in (average_MN, half_MN, sgd.weight_MN)]
     return dict(zip(_SUBOPTIMALITIES, reached, strict=True)) | {"seconds": round(time.perf_counter() - began, 3)}
 
 
