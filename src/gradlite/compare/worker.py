@@ -6,7 +6,6 @@ What it cannot tell itself (the system ended it) its parent does.
 
 import contextlib
 import json
-import os
 import platform
 import sys
 import time
@@ -33,6 +32,7 @@ from gradlite.compare.runs import BAD_INPUT, STEP, RunSpec
 from gradlite.errors import GradLiteError
 from gradlite.evaluate.held_out import HeldOutLoss, held_out_loss
 from gradlite.measure.live_memory import weight_bytes
+from gradlite.measure.machine import machine
 from gradlite.measure.memory import peak_memory_bytes
 from gradlite.measure.process_memory import anonymous_bytes
 from gradlite.measure.throughput import Rates, rates
@@ -199,17 +199,6 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on: processor, threads, memory, and the GPU where there is one."""
-    return {
-        "processor": platform.machine(),
-        "num_processors": os.cpu_count(),
-        "num_threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
 
 
 def main() -> None:
