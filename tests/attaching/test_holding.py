@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_leaves
 import gradlite
 from gradlite.attaching import attachment_of
 from gradlite.attaching.attachment import Attachment
-from gradlite.attaching.holding import HoldPlan
+from gradlite.attaching.holding import HoldMode, HoldPlan
 from gradlite.hold.codec import EXACT, INT8
+from gradlite.train import config
 
 Build = Callable[..., nn.Module]
 Tokens = dict[str, Tensor]
@@ -329,7 +330,7 @@ def test_patterns() -> None:
         "c.1": "exact", "c.11.x": "recompute-int8", "": "exact", "x.a.0": "exact",
     }  # fmt: skip
     assert {name: plan.mode_of(name).name for name in wanted} == wanted
-    plan.check_used(["a.0"])
+    plan.check_used(["a.0"], ["b1", "c.11"])
 
 
 @pytest.mark.parametrize(
@@ -340,6 +341,13 @@ def test_patterns() -> None:
         ({"model.layer.*": "int8"}, r"'model.layer.\*' decides about no module.*names look like 'model\.layers\.\d\.\w+\.\w+'"),
         ({"model.layers.[7-9]": "int8"}, "decides about no module"),
         ({"model*": "int8", "model.layers.0": "recompute"}, "an earlier pattern took them"),
+        (
+            {"*.q_proj": "recompute"},
+            r"asks for 'recompute', which whole blocks can do only; blocks are called 'model\.layers\.0'",
+        ),
+        (None, "hold=None is neither a way of holding nor a mapping"),
+        (["int8"], "is neither a way of holding"),
+        ({1: "int8"}, "is neither a way of holding"),
     ],
 )
 def test_mistakes(hold: Any, message: str, build: Build) -> None:
@@ -350,6 +358,16 @@ def test_mistakes(hold: Any, message: str, build: Build) -> None:
     assert [type(module) for module in model.modules()] == classes
     assert model.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
     assert attachment_of(model) is None
+
+
+def test_the_command_line_knows_every_mode() -> None:
+    assert get_args(config.HoldMode) == get_args(HoldMode)
+    assert all(f"'{mode}'" in config.accepts_of(config.TrainConfig.model_fields["hold"]) for mode in get_args(HoldMode))
+
+
+def test_attention_with_dropout_is_named_as_not_recognised(build: Build) -> None:
+    coverage = gradlite.attach(build(attention_dropout=0.1), rank=4)
+    assert coverage.held.unrecognised == ("model.layers.0.self_attn", "model.layers.1.self_attn")
 
 
 def test_int4_warns(build: Build) -> None:

@@ -114,6 +114,7 @@ def test_operators_give_the_same_gradients_from_the_host(codec: object, monkeypa
         assert torch.allclose(held.ticket.get(held.leaves), y, atol=0.2)
         z = activation(gated(y, y * 2, "silu", holder), "gelu", holder)
         gradients.append(list(torch.autograd.grad(z.square().sum(), (x, weight))))
+        assert not place._recent  # backward is over
     assert links.num_away == 4  # the norm's x̂, gate, up, and the activation's input: nothing twice
     for here, there in zip(*gradients, strict=True):
         assert torch.equal(here, there)

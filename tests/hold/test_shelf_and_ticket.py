@@ -145,6 +145,7 @@ def test_one_tensor_is_held_once() -> None:
 def test_odd_widths_take_eight_bits_instead_of_four() -> None:
     holder = Holder(INT4, Noise(0), Shelf())
     assert holder.codec_for(17) is INT8
+    assert pickle.loads(pickle.dumps(holder)).codec_for(17) is INT8
     x = torch.randn(3, 17)
     one = holder.hold(x)
     assert torch.allclose(one.ticket.get(one.leaves), x, rtol=0, atol=0.05)
@@ -157,3 +158,4 @@ def test_what_waits_in_another_format() -> None:
     low, again = holder.hold(x, torch.bfloat16), holder.hold(x, torch.bfloat16)
     assert low.leaves[0].dtype == torch.bfloat16
     assert again is low
+    assert holder.hold(x).leaves[0].dtype == torch.float32

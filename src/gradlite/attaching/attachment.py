@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gradlite.attaching.blocks import named_blocks
 from gradlite.attaching.coverage import Coverage, Entry, Kind
 from gradlite.attaching.held import held_coverage
 from gradlite.attaching.holding import Hold, HoldPlan
@@ -122,7 +123,7 @@ def attach(
     recognise(model, operators)
     module_names = {id(module): name for name, module in model.named_modules()}
     projected = [module_names[id(module)] for _, parameter in chosen for module in owners[id(parameter)]]
-    operators.plan.check_used(projected)
+    operators.plan.check_used(projected, [name for name, _ in named_blocks(model)])
     window = Window(basis, sample_residual, seed, chosen[0][1])
     take_over(model, operators)
     coverage = Coverage(tuple(entries), held_coverage(model, operators, chosen[0][1].itemsize, rank))

@@ -78,6 +78,16 @@ def switch(model: nn.Module, to: str) -> bool:
     return bool(model.config._attn_implementation == to)
 
 
+def drops_out(module: nn.Module) -> bool:
+    """Whether an attention layer drops probabilities in training, which the operator does not offer."""
+    for name in ("attention_dropout", "attn_dropout"):
+        dropout = getattr(module, name, 0.0)
+        share = dropout.p if isinstance(dropout, nn.Dropout) else dropout
+        if isinstance(share, (int, float)) and share > 0:
+            return True
+    return False
+
+
 def is_attention(module: nn.Module) -> bool:
     """Whether a module calls the registry: transformers' attention layers are named so and carry these marks."""
     return type(module).__name__.endswith("Attention") and hasattr(module, "config") and hasattr(module, "is_causal")

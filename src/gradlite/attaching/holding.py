@@ -48,6 +48,8 @@ class HoldPlan:
     """Looks up the mode of a module by its name."""
 
     def __init__(self, hold: Hold) -> None:
+        if not isinstance(hold, (str, Mapping)) or not all(isinstance(pattern, str) for pattern in [*hold]):
+            raise GradLiteError(f"hold={hold!r} is neither a way of holding nor a mapping of module patterns to such.")
         named = {"*": hold} if isinstance(hold, str) else dict(hold)
         for mode in named.values():
             if mode not in MODES:
@@ -63,20 +65,33 @@ class HoldPlan:
 
     def mode_of(self, name: str) -> Mode:
         """The mode of the module called ``name``; ``exact`` where no pattern matches."""
+        pattern, mode = self._rule_of(name)
+        self._used.add(pattern)
+        return mode
+
+    def _rule_of(self, name: str) -> tuple[str, Mode]:
         parts = name.split(".")
-        ancestors = [".".join(parts[:length]) for length in range(len(parts), 0, -1)] or [""]
+        ancestors = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
         for pattern, expression, mode in self._rules:
             if pattern == "*" or any(expression.fullmatch(ancestor) for ancestor in ancestors):
-                self._used.add(pattern)
-                return mode
-        return MODES["exact"]
+                return pattern, mode
+        return "", MODES["exact"]
 
-    def check_used(self, names: Sequence[str]) -> None:
-        """Raises GradLiteError if a pattern matched no module so far, and none of those called ``names`` either."""
+    def check_used(self, names: Sequence[str], blocks: Sequence[str]) -> None:
+        """Raises GradLiteError if a pattern matched no module so far, and none of those called ``names`` either.
+
+        ``blocks``: names of what can be replayed; a pattern that asks for that must match one of them.
+        """
         for name in names:
             self.mode_of(name)
         example = names[len(names) // 2]
-        for pattern, _, _ in self._rules:
+        replayed = {self._rule_of(block)[0] for block in blocks}
+        for pattern, _, mode in self._rules:
+            if mode.boundary is not None and pattern != "*" and pattern in self._used and pattern not in replayed:
+                like = f"blocks are called {blocks[0]!r} and so on" if blocks else "this model has none"
+                raise GradLiteError(
+                    f"the hold pattern {pattern!r} asks for {mode.name!r}, which whole blocks can do only; {like}."
+                )
             if pattern not in self._used and pattern != "*":
                 raise GradLiteError(
                     f"the hold pattern {pattern!r} decides about no module (it matches none, or an earlier pattern took them); "

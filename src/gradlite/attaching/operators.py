@@ -91,7 +91,7 @@ def _recognise(model: nn.Module, operators: Operators, like: Tensor) -> None:
         if layout is not None:
             note(name, "gated", module, layout)
             taken.update(id(part) for part in module.children() if not isinstance(part, nn.Linear))
-        elif attention.is_attention(module):
+        elif attention.is_attention(module) and not attention.drops_out(module):
             note(name, "attention", module, None)
     for name, module in model.named_modules():
         if id(module) in taken:

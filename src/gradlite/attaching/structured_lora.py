@@ -72,7 +72,7 @@ def structured_lora(
     layers = _lora_layers(model, name)
     operators = Operators(HoldPlan(hold), seed)
     _recognise(model, operators)
-    operators.plan.check_used([each for each, _ in layers])
+    operators.plan.check_used([each for each, _ in layers], [block for block, _ in named_blocks(model)])
     structured = StructuredLora(operators)
     take_over(model, operators)
     for operator in operators.found:

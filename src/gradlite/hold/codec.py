@@ -28,10 +28,6 @@ class Codec(Protocol):
     def num_leaves(self) -> int:
         """Tensors that :meth:`encode` makes."""
 
-    @property
-    def fusible(self) -> bool:
-        """Whether both directions are elementwise work that a compiler can fuse."""
-
     def encode(self, x_TN: Tensor, noise_TN: Tensor | None) -> tuple[Tensor, ...]:
         """The leaves. ``noise_TN``: uint8, uniform; None if it is not lossy."""
 
@@ -52,7 +48,6 @@ class Exact:
     name = "exact"
     is_lossy = False
     num_leaves = 1
-    fusible = True
 
     def encode(self, x_TN: Tensor, noise_TN: Tensor | None) -> tuple[Tensor, ...]:
         return (x_TN,)
@@ -93,7 +88,6 @@ class Int8:
     name = "int8"
     is_lossy = True
     num_leaves = 2
-    fusible = True
 
     def encode(self, x_TN: Tensor, noise_TN: Tensor | None) -> tuple[Tensor, ...]:
         assert noise_TN is not None
@@ -115,7 +109,6 @@ class Int4:
     name = "int4"
     is_lossy = True
     num_leaves = 2
-    fusible = True
 
     def encode(self, x_TN: Tensor, noise_TN: Tensor | None) -> tuple[Tensor, ...]:
         assert noise_TN is not None

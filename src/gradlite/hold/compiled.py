@@ -52,6 +52,8 @@ class Kernel:
                 warnings.simplefilter("ignore", DeprecationWarning)  # the compiler's own, at its first use
                 self._families[family] = self._compile()
                 return _run(self._families[family], tensors)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
         except Exception as error:  # noqa: BLE001 - whatever a compiler may raise; what is wrong with the tensors is raised again below
             result = self._function(*self._static, *tensors)
             _State.usable = False

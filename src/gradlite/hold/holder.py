@@ -29,7 +29,7 @@ class Holder:
 
     def codec_for(self, width: int) -> Codec:
         """The codec for rows of this width: four-bit codes come in pairs, so odd widths take eight bits."""
-        return INT8 if self.codec is INT4 and width % 2 else self.codec
+        return INT8 if self.codec == INT4 and width % 2 else self.codec
 
     def noise_for(self, x_TN: Tensor) -> Tensor | None:
         """Noise for rounding ``x``, or None where the codec rounds nothing."""
@@ -39,14 +39,15 @@ class Holder:
 
     def hold(self, x: Tensor, dtype: torch.dtype | None = None) -> Held:
         """Holds ``x`` (any shape; in ``dtype`` if it is given), or finds that it is held already."""
-        held = self.shelf.find(x)
+        wanted = x.dtype if dtype is None else dtype
+        held = self.shelf.find(x, wanted)
         if held is None:
             x_TN = x.detach().reshape(-1, x.shape[-1])  # or autograd would differentiate the codes, and save what that needs
             if dtype is not None:
                 x_TN = x_TN.to(dtype)
             width, dtype = x_TN.shape[1], x_TN.dtype
             held = Held(Ticket(lambda *leaves: self.decode(leaves, width, dtype)), self.encode(x_TN))
-            self.shelf.offer(x, held)
+            self.shelf.offer(x, held, wanted)
         held.ticket.issue()
         return held
 

@@ -98,9 +98,10 @@ class Host:
         self._order: list[_Waiting] = []
         self._by_key: dict[int, _Waiting] = {}
         self._recent: deque[_Waiting] = deque()
+        self._backward = -1
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_link": None, "_order": [], "_by_key": {}, "_recent": deque()}
+        return {"_link": None, "_order": [], "_by_key": {}, "_recent": deque(), "_backward": -1}
 
     def put(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return tuple(self._put(leaf) for leaf in leaves)
@@ -133,6 +134,7 @@ class Host:
         waiting = self._by_key.get(leaf.data_ptr())
         if self._link is None or waiting is None or waiting.storage != StorageWeakRef(leaf.untyped_storage()):
             return leaf
+        self._let_go_after_backward()
         if waiting.copy is None:
             waiting.copy = self._link.begin_back(leaf)
         self._send_for_those_before(waiting)
@@ -144,6 +146,17 @@ class Host:
         while len(self._recent) > RECENT:
             self._recent.popleft().let_go()
         return copy
+
+    def _let_go_after_backward(self) -> None:
+        running = torch._C._current_graph_task_id()
+        if running not in (-1, self._backward):
+            self._backward = running
+            torch.autograd.Variable._execution_engine.queue_callback(self._let_go)
+
+    def _let_go(self) -> None:
+        self._recent.clear()
+        for waiting in self._order:
+            waiting.let_go()
 
     def _send_for_those_before(self, waiting: _Waiting) -> None:
         assert self._link is not None

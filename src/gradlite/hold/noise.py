@@ -1,5 +1,7 @@
 """Random bytes for stochastic rounding, read from one table: drawing fresh ones would cost more than the rounding."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,9 @@ class Noise:
             self._table = table.to(device)
         room = len(self._table) - width
         step = max(1, min(_ROW_STEP, room // (2 * max(1, num_rows))))
-        places = (room - (num_rows - 1) * step) // _OFFSET_STEP
-        offset = (self.reads * _STRIDE) % max(1, places) * _OFFSET_STEP
+        places = max(1, (room - (num_rows - 1) * step) // _OFFSET_STEP)
+        while math.gcd(places, _STRIDE) != 1:  # or some offsets would never be read
+            places -= 1
+        offset = (self.reads * _STRIDE) % places * _OFFSET_STEP
         self.reads += 1
         return self._table.as_strided((num_rows, width), (step, 1), offset)

@@ -1,5 +1,6 @@
 """Finds out that a tensor is held already, so that no tensor is held twice."""
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -9,10 +10,11 @@ _LIMIT = 16  # tensors that are looked for again are read within the same block
 
 
 class _Entry:
-    def __init__(self, x: Tensor, held: Held) -> None:
+    def __init__(self, x: Tensor, held: Held, dtype: torch.dtype | None) -> None:
         self.storage = StorageWeakRef(x.untyped_storage())
         self.key = _key(x)
         self.held = held
+        self.dtype = dtype
 
 
 def _key(x: Tensor) -> tuple[object, ...]:
@@ -28,18 +30,18 @@ class Shelf:
     def __getstate__(self) -> dict[str, object]:
         return {"_entries": []}
 
-    def offer(self, x: Tensor, held: Held) -> None:
-        """Whoever asks for ``x`` (contiguous, unchanged since) from now on gets ``held``."""
+    def offer(self, x: Tensor, held: Held, dtype: torch.dtype | None = None) -> None:
+        """Whoever asks for ``x`` (contiguous, unchanged since), in ``dtype`` if it is given, from now on gets ``held``."""
         self._entries = [entry for entry in self._entries[-_LIMIT:] if not entry.storage.expired()]
-        self._entries.append(_Entry(x, held))
+        self._entries.append(_Entry(x, held, dtype))
 
-    def find(self, x: Tensor) -> Held | None:
-        """What is held for ``x``, or None."""
+    def find(self, x: Tensor, dtype: torch.dtype | None = None) -> Held | None:
+        """What is held for ``x``, or None. ``dtype``: that the asker wants, if not any."""
         if not x.is_contiguous():
             return None
         storage, key = None, _key(x)
         for entry in reversed(self._entries):
-            if entry.key == key and not entry.storage.expired():
+            if entry.key == key and (dtype is None or entry.dtype in (None, dtype)) and not entry.storage.expired():
                 storage = storage or StorageWeakRef(x.untyped_storage())
                 if entry.storage == storage:
                     return entry.held

@@ -185,8 +185,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: boo
 
 
 _LONGEST_BLOCKED = 512
-"""Keys from which flash kernels are as fast as ours. SmolLM2's heads, two threads, milliseconds of forward + backward, flash and
-blocked: 4×512: 21 + 52, 15 + 34; 2×1024: 26 + 49, 24 + 51; 1×2048: 44 + 88, 51 + 108. From codes flash kernels need their
+"""Keys from which flash kernels are as fast as ours. SmolLM2's heads, two threads, milliseconds of forward + backward, flash
+and blocked: 4×512: 21 + 52, 15 + 34; 2×1024: 26 + 49, 24 + 51; 1×2048: 44 + 88, 51 + 108. From codes flash kernels need their
 forward pass twice.
 """
 
@@ -196,14 +196,17 @@ def _blocks_pay(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_lossy: 
         return False
     if not is_lossy and k.shape[2] > _LONGEST_BLOCKED:
         return False
-    has_plain_mask = mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1)
+    sizes = (1, q.shape[2], k.shape[2])
+    has_plain_mask = mask is None or (mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1:] == sizes)
     return has_plain_mask and q.shape[-1] == v.shape[-1]
 
 
-def _flash_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+def _flash_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
     if not q.shape[-1] == k.shape[-1] == v.shape[-1]:
         return False
     if q.is_cuda:
+        if is_causal and q.shape[2] != k.shape[2]:  # its triangle ends at the last key, PyTorch's at the first
+            return False
         return mask is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
     return q.device.type == "cpu"
 
@@ -236,7 +239,7 @@ def attention(
     function: type[torch.autograd.Function] = _Replayed
     if not (is_frugal and not holder.codec.is_lossy) and _blocks_pay(q_BHSD, k_BGUD, v_BGUD, mask, holder.codec.is_lossy):
         function = _Blocked
-    elif not holder.codec.is_lossy and _flash_takes(q_BHSD, k_BGUD, v_BGUD, mask):
+    elif not holder.codec.is_lossy and _flash_takes(q_BHSD, k_BGUD, v_BGUD, mask, is_causal):
         function = _Flash
     out_BSHD: Tensor = function.apply(q_BHSD, k_BGUD, v_BGUD, mask, is_causal, scale, holder)
     return out_BSHD

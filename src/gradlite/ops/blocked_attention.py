@@ -21,7 +21,7 @@ BLOCK = 256
 
 _SMALLEST_BLOCK = 64
 _ELEMENTS = 5 << 18
-"""Of a block's scores, about: four such tensors should stay in a cache (SmolLM2, 1,024 keys: 128 queries beat 256 by a tenth)."""
+"""Of a block's scores, about: four such tensors should stay in a cache (SmolLM2, 1,024 keys: 128 queries beat 256)."""
 
 _UNSEEN = -1e30
 

@@ -82,7 +82,7 @@ class _Multiply(torch.autograd.Function):
 
 def _projected(x: Tensor, own: Tensor, projector: Projector | None, holder: Holder) -> Tensor | None:
     """``xP`` where that is all that needs to wait: nobody holds ``x`` (``own`` before casting) anyway."""
-    if projector is None or holder.shelf.find(own) is not None:
+    if projector is None or holder.shelf.find(own, x.dtype) is not None:
         return None
     with torch.no_grad():
         return projector.project(x.reshape(-1, x.shape[-1]))

@@ -122,7 +122,7 @@ class _Lora(torch.autograd.Function):
                 unscaled_TM = _value(x_TN, h_TR, ctx.weight, None, b_MR, None, kind)
                 grad_scale = (wide(grad_TM) * unscaled_TM).sum(0).to(scale_M.dtype)
                 del unscaled_TM
-            grad_TM = grad_TM * scale_M
+            grad_TM = (grad_TM * scale_M).to(grad.dtype)  # or a wider scale would widen the frozen weight as well
         adapter_grad_TM = grad_TM.to(b_MR.dtype)
         grad_b = (adapter_grad_TM.T @ h_TR).mul_(kind.scale) if needs_b else None
         inner_TR = (adapter_grad_TM @ b_MR).mul_(kind.scale)

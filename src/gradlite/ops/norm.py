@@ -47,7 +47,8 @@ def _scaled(kind: NormKind, xhat_TN: Tensor, weight_N: Tensor | None, bias_N: Te
         weight_N = wide(weight_N) + 1.0 if kind.plus_one else wide(weight_N)
         y_TN = wide(xhat_TN) * weight_N
         return (y_TN if bias_N is None else y_TN + wide(bias_N)).to(dtype)
-    return (weight_N + 1.0 if kind.plus_one else weight_N) * xhat_TN.to(dtype)
+    y_TN = (weight_N + 1.0 if kind.plus_one else weight_N) * xhat_TN.to(dtype)
+    return y_TN if bias_N is None else y_TN + bias_N
 
 
 def normalised(kind: NormKind, x_TN: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ EVALUATION = "Evaluation and saving"
 OUTPUT = "Output"
 GROUPS = (MODEL_AND_DATA, GRADLITE, TRAINING, EVALUATION, OUTPUT)
 
-HoldMode = Literal["exact", "int8", "int4", "projected", "host", "recompute", "recompute-int8"]
+HoldMode = Literal["exact", "int8", "int4", "projected", "host", "recompute", "recompute-int8", "recompute-mapped"]
 
 DEFAULT_MODEL = "smollm2"
 DEFAULT_DATASET = "python-help"
@@ -137,7 +137,8 @@ class TrainConfig(BaseModel):
     hold: HoldMode | dict[str, HoldMode] = _setting(
         "exact",
         GRADLITE,
-        "'exact', 'int8', 'int4', 'projected', 'host', 'recompute', 'recompute-int8', or a mapping of module patterns to these",
+        "'exact', 'int8', 'int4', 'projected', 'host', 'recompute', 'recompute-int8', 'recompute-mapped', or a mapping of "
+        "module patterns to these",
         "How tensors wait for backward: kept, as codes, in host memory, or computed again; {pattern: mode} by module.",
     )
     include: list[str] = _setting(
