@@ -410,7 +410,7 @@ def test_projected_gives_the_gradients_of_exact(build: Build, tokens: Tokens, sa
 def test_projected_needs_no_sample(build: Build) -> None:
     model = build()
     with pytest.raises(gradlite.GradLiteError, match=r'projected.*feedback="off"'):
-        gradlite.GradLite(model, rank=4, hold={"model.layers.0": "projected"}, feedback="feedback")  # type: ignore[arg-type]
+        gradlite.GradLite(model, rank=4, hold={"model.layers.0": "projected"}, feedback="feedback")
     assert attachment_of(model) is None
     gradlite.GradLite(model, rank=4, hold="projected")
 
