@@ -12,7 +12,7 @@ else overrides just that. The model must be in training mode: transformers check
 """
 
 import math
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -180,8 +180,9 @@ class FusedBackward(Method):
         else:
             self._skip()
 
+    @abstractmethod
     def _fused_backward(self, loss: Tensor) -> None:
-        raise NotImplementedError
+        """The backward pass of a finite loss, with the update."""
 
     def step(self) -> None:
         """Nothing is left to do: the next ``backward()`` may come."""
