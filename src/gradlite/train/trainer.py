@@ -84,7 +84,7 @@ class GradLiteTrainer(Trainer):
         A loss that is not finite gets gradients that are not, so that the optimizer skips the step.
         """
         if return_outputs:
-            raise GradLiteError("most positions' logits are never computed, so there are no outputs to return; ask for the loss.")
+            raise GradLiteError("most positions' logits are never computed; ask for the loss without return_outputs.")
         total, num_tokens = summed_loss(self._network, inputs)
         loss = total / (num_tokens if num_items_in_batch is None else num_items_in_batch)
         return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
