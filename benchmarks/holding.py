@@ -12,16 +12,15 @@ the body holds for backward, a token and block.
 import argparse
 import gc
 import json
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from live_tensors import peak_and_growth
 from record import append, describe
 from torch import nn
+from turns import answer_turns, take_turns
 
 from gradlite import methods
 from gradlite.methods.method import Method
@@ -49,21 +48,6 @@ def build(name: str) -> tuple[nn.Module, Method]:
     return model, methods.build(method, model, lr=1e-5, **options)
 
 
-def peak_and_growth(work: Callable[[], Any]) -> tuple[int, int]:
-    """Bytes of live tensors above the start: at the peak, and when ``work`` (whose result is kept) is over."""
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = work()
-    assert profiler.profiler is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    del result
-    return peak, live
-
-
 def resident_bytes(key: str) -> int:
     """VmRSS or VmHWM (its peak) of this process."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
@@ -88,13 +72,7 @@ def worker(name: str, batch: int, length: int) -> None:
     for _ in range(WARMUP):
         step()
     Path("/proc/self/clear_refs").write_text("5")
-    seconds = []
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        began = time.perf_counter()
-        step()
-        seconds.append(round(time.perf_counter() - began, 3))
-        print(seconds[-1], flush=True)
+    seconds = answer_turns(step)
     resident_peak = resident_bytes("VmHWM") - weights
     peak, _ = peak_and_growth(step)
     step()  # the profiler knows what the last step allocated; this one's tensors replace those
@@ -114,32 +92,10 @@ def worker(name: str, batch: int, length: int) -> None:
     print(json.dumps(record), flush=True)
 
 
-def start(name: str, batch: int, length: int) -> subprocess.Popen[str]:
-    """A worker that is warm and waits."""
-    command = [sys.executable, __file__, "--worker", "--out", "-", "--batch", f"{batch}x{length}", "--only", name]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    while process.stdout.readline() != "ready\n":
-        if process.poll() is not None:
-            raise SystemExit(f"{name} failed")
-    return process
-
-
 def compare(names: list[str], batch: int, length: int, rounds: int, out: Path) -> None:
     """All methods on one batch, step by step in turn."""
-    processes = {name: start(name, batch, length) for name in names}
-    for number in range(rounds):
-        seconds = {}
-        for name, process in processes.items():
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write("step\n")
-            process.stdin.flush()
-            seconds[name] = float(process.stdout.readline())
-        print(number, seconds, flush=True)
-    for process in processes.values():
-        printed, _ = process.communicate()
-        record = json.loads(printed.splitlines()[-1])
+    shared = [sys.executable, __file__, "--worker", "--out", "-", "--batch", f"{batch}x{length}", "--only"]
+    for record in take_turns({name: [*shared, name] for name in names}, rounds):
         append(out, {**record, **describe()})
         print(record, flush=True)
 

@@ -1,30 +1,29 @@
 """MeSP against MeBP: peak memory above the weights and step time of LoRA training, on Qwen2.5's shapes with random weights.
 
     python benchmarks/mesp.py --out benchmarks/results/mesp.jsonl [--shape 0.5b,1.5b,3b] [--length 256,512,1024]
-        [--only METHOD,…] [--repeats 3]      (--repeats 0: memory only)
+        [--only METHOD,…] [--base int4] [--rounds 3]      (--rounds 0: memory only)
 
-Batch 1, bfloat16, rank 8 on the seven projections with adapters in bfloat16, tied head. Every method, shape and length is a
-process of its own and one JSON line. Peaks are sums of live tensors, from the profiler's allocation events; memory-mapped files
-are outside. ``peak``: forward and backward of a whole step. ``body_peak``: the same without the vocabulary head (its gradient
-is given). ``head_peak``: the head and its loss alone, from given hidden states. ``block_inputs``: what waits between forward
-and backward. The ladder: eager; checkpointed (MeBP) with Hugging Face's own loss, with the tiled one, and with block inputs in
-mapped files; structured storing h; structured (MeSP), and with block inputs in mapped files.
+Batch 1, bfloat16, rank 8 on the seven projections with adapters in bfloat16, tied head. Every method is a process of its own
+and one JSON line a shape and length; those of one shape and length are there at the same time and take turns, step by step.
+Peaks are sums of live tensors, from the profiler's allocation events; memory-mapped files are outside. ``peak``: forward and
+backward of a whole step. ``body_peak``: the same without the vocabulary head (its gradient is given). ``head_peak``: the head
+and its loss alone, from given hidden states. ``waiting``: what the body holds between forward and backward. ``base``: the
+frozen weights. The ladder: eager; checkpointed (MeBP) with Hugging Face's own loss, with the tiled one, and with block inputs
+in mapped files; structured storing h; structured (MeSP), and with every second block's input, or all in mapped files.
 """
 
 import argparse
-import gc
 import json
-import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from holding import peak_and_growth
+from live_tensors import peak_and_growth
 from record import append, describe
 from torch import Tensor, nn
+from turns import answer_turns, take_turns
 
 from gradlite.attaching.structured_lora import structured_lora
 from gradlite.methods.mebp import replay_blocks
@@ -69,54 +68,55 @@ def build(method: str, shape: str, base: str) -> Any:
     return adapted
 
 
-def worker(method: str, shape: str, length: int, repeats: int, base: str) -> dict[str, Any]:
-    """One cell's figures."""
+def worker(method: str, shape: str, length: int, base: str) -> dict[str, Any]:
+    """One cell's figures; makes a timed step for every line on the standard input."""
     model = build(method, shape, base)
     inner = model.get_base_model()
     ids = torch.randint(0, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))
     width = SHAPES[shape][1]
     upstream = torch.randn(1, length, width, generator=torch.Generator().manual_seed(1)).bfloat16()
+    losses: list[float] = []
 
-    def step() -> float:
+    def step() -> None:
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         model.zero_grad()
-        return float(loss.detach())
-
-    def body() -> None:
-        inner.model(input_ids=ids).last_hidden_state.backward(upstream)
-        model.zero_grad()
+        losses.append(float(loss.detach()))
 
     def head() -> None:
-        hidden = upstream.detach().requires_grad_()
-        head_loss(inner, hidden, ids).backward()
+        head_loss(inner, upstream.detach().requires_grad_(), ids).backward()
 
-    loss = 0.0
-    for _ in range(2):  # the second one finds everything compiled
-        loss = step()
-        body()
-        head()
-    gc.collect()
-    peaks = {"peak_bytes": peak_and_growth(step)[0], "body_peak_bytes": peak_and_growth(body)[0]}
-    peaks["head_peak_bytes"] = peak_and_growth(head)[0]
-    waiting = peak_and_growth(lambda: inner.model(input_ids=ids).last_hidden_state)[1]
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        step()
-        seconds.append(round(time.perf_counter() - began, 3))
-    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    if method.startswith("mesp"):
+        step()  # compiles its kernels
+    peak, _ = peak_and_growth(step)
+    head_peak, _ = peak_and_growth(head)
+    states: list[Tensor] = []
+    forward_peak, waiting = peak_and_growth(lambda: states.append(inner.model(input_ids=ids).last_hidden_state))
+    backward_peak, _ = peak_and_growth(lambda: states.pop().backward(upstream))
+    model.zero_grad()
+    seconds = answer_turns(step)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return {
         "method": method,
         "shape": shape,
         "length": length,
         "base": base,
-        "loss": round(loss, 6),
+        "loss": round(losses[-1], 6),
         "step_seconds": seconds,
-        **peaks,
+        "peak_bytes": peak,
+        "body_peak_bytes": max(forward_peak, waiting + backward_peak),
+        "head_peak_bytes": head_peak,
         "waiting_bytes": waiting,
-        "adapter_gradient_bytes": trained,
+        "adapter_gradient_bytes": sum(parameter.nbytes for parameter in trained),
+        "base_bytes": base_bytes(model),
     }
+
+
+def base_bytes(model: nn.Module) -> int:
+    """Of everything that is not trained; codes and scales of four-bit weights are buffers."""
+    tensors = [one for one in (*model.parameters(), *model.buffers()) if not one.requires_grad]
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+    return sum(storages.values())
 
 
 def head_loss(inner: Any, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -137,23 +137,19 @@ def main() -> None:
     parser.add_argument("--length", default="256,512,1024")
     parser.add_argument("--only", default=",".join(METHODS))
     parser.add_argument("--base", default="as it is", choices=("as it is", "int4"), help="frozen weights of MeSP's blocks")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        cell = worker(arguments.only, arguments.shape, int(arguments.length), arguments.repeats, arguments.base)
-        print(json.dumps(cell))
+        print(json.dumps(worker(arguments.only, arguments.shape, int(arguments.length), arguments.base)))
         return
     for shape in arguments.shape.split(","):
         for length in arguments.length.split(","):
-            for method in arguments.only.split(","):
-                command = [sys.executable, __file__, "--worker", "--out", "-", "--shape", shape, "--length", length]
-                command += ["--only", method, "--base", arguments.base, "--repeats", str(arguments.repeats)]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                record = {**json.loads(done.stdout.splitlines()[-1]), **describe()}
-                append(arguments.out, record)
-                shown = {key: value for key, value in record.items() if key not in ("versions", "machine", "command", "date")}
-                print(shown, flush=True)
+            cell = ["--shape", shape, "--length", length, "--base", arguments.base]
+            shared = [sys.executable, __file__, "--worker", "--out", "-", *cell, "--only"]
+            for record in take_turns({method: [*shared, method] for method in arguments.only.split(",")}, arguments.rounds):
+                append(arguments.out, {**record, **describe()})
+                print(record, flush=True)
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ EVERYTHING: dict[str, object] = {key: value for key, value in TrainConfig().sett
     "hold": "recompute",
     "stochastic_rounding": False,
     "method_options": "none",
+    "lora_rank": "none",
     "max_grad_norm": 0.5,
     "max_steps": 3,
     "warmup": 2,

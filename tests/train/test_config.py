@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradlite.errors import GradLiteError
-from gradlite.train.config import GROUPS, TrainConfig, accepts_of, group_of
+from gradlite.train.config import GROUPS, LORA_METHODS, TrainConfig, accepts_of, group_of
 
 # One value for each key that differs from its default, as YAML or a flag would hold it.
 OTHER_VALUES: dict[str, object] = {
@@ -33,6 +33,7 @@ OTHER_VALUES: dict[str, object] = {
     "stochastic_rounding": False,
     "method": "galore",
     "method_options": "{rank: 8, target_modules: [attn]}",
+    "lora_rank": 4,
     "lr": "3e-4",
     "batch_size": 2,
     "accumulation": 3,
@@ -68,7 +69,7 @@ def test_every_key_has_help_a_group_and_words_for_what_it_accepts() -> None:
 
 @pytest.mark.parametrize("key", OTHER_VALUES)
 def test_each_key_round_trips_through_yaml(key: str, tmp_path: Path) -> None:
-    also = {"method": "galore"} if key == "method_options" else {}
+    also = {"method_options": {"method": "galore"}, "lora_rank": {"method": "mesp"}}.get(key, {})
     config = TrainConfig.from_sources(None, {key: OTHER_VALUES[key], **also})
     assert getattr(config, key) != getattr(TrainConfig(), key)
     path = tmp_path / "run.yaml"
@@ -254,10 +255,19 @@ def test_a_methods_keywords_are_its_options_the_rate_and_the_decay() -> None:
     assert TrainConfig().method_keywords() == TrainConfig().optimizer_keywords()
 
 
+@pytest.mark.parametrize("method", LORA_METHODS)
+def test_the_adapters_rank_has_a_flag_of_its_own(method: str) -> None:
+    config = TrainConfig.from_sources(flags={"method": method, "lora_rank": "4", "method_options": "{alpha: 2}"})
+    assert config.method_keywords() == {"lr": 1e-4, "weight_decay": 0.0, "rank": 4, "alpha": 2}
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ({"method": "lora", "rank": "8"}, r"--rank is a setting of method 'gradlite', not of 'lora'"),
+        ({"method": "lora", "rank": "8"}, r"--rank is a setting of method 'gradlite', not of 'lora': give --lora-rank\."),
+        ({"lora_rank": "8"}, r"a setting of the methods lora, dora, mesp, mebp, not of 'gradlite': give --rank\."),
+        ({"method": "lomo", "lora_rank": "8"}, r"not of 'lomo': leave it out\."),
+        ({"method": "mesp", "lora_rank": "8", "method_options": "{rank: 4}"}, r"exclude each other"),
         ({"method": "adamw", "betas": "0.8,0.9"}, r"--betas is a setting of method 'gradlite', not of 'adamw'"),
         ({"method": "lora", "method_options": "{lr: 1}"}, r"'lr', which is a key of its own: give --lr\."),
         ({"method_options": "{rank: 8}"}, r"keys of their own: give --rank\."),

@@ -33,6 +33,8 @@ GROUPS = (MODEL_AND_DATA, GRADLITE, TRAINING, EVALUATION, OUTPUT)
 
 HoldMode = Literal["exact", "int8", "int4", "projected", "host", "recompute", "recompute-int8", "recompute-mapped"]
 
+LORA_METHODS = ("lora", "dora", "mesp", "mebp")
+
 DEFAULT_MODEL = "smollm2"
 DEFAULT_DATASET = "python-help"
 
@@ -162,6 +164,13 @@ class TrainConfig(BaseModel):
         TRAINING,
         "a mapping of the method's options such as {rank: 8}, or none",
         "Options of --method, as a mapping: {rank: 8}. GradLite's are flags of their own.",
+    )
+    lora_rank: int | None = _setting(
+        None,
+        TRAINING,
+        "a whole number of at least 1, or none",
+        f"Rank of the adapters of --method {', '.join(LORA_METHODS)}; none: 8.",
+        ge=1,
     )
     lr: float = _setting(1e-4, TRAINING, "a number above 0", "Peak learning rate, on AdamW's usual scale.", gt=0)
     batch_size: int = _setting(4, TRAINING, "a whole number, 1 or more", "Sequences in one micro-batch.", ge=1)
@@ -302,6 +311,14 @@ class TrainConfig(BaseModel):
         own = next((str(key) for key in options if key in ("lr", "weight_decay")), None)
         if own:
             raise ValueError(f"method_options must not hold {own!r}, which is a key of its own: give {flag_of(own)}.")
+        if self.lora_rank is not None:
+            if self.method not in LORA_METHODS:
+                raise ValueError(
+                    f"--lora-rank is a setting of the methods {', '.join(LORA_METHODS)}, not of {self.method!r}: "
+                    + ("give --rank." if self.method == "gradlite" else "leave it out.")
+                )
+            if "rank" in options:
+                raise ValueError("--lora-rank and the rank in --method-options exclude each other: give one of them.")
         if self.method == "gradlite":
             if options:
                 raise ValueError(
@@ -311,10 +328,10 @@ class TrainConfig(BaseModel):
             return self
         for key, field in TrainConfig.model_fields.items():
             if group_of(field) == GRADLITE and getattr(self, key) != field.get_default(call_default_factory=True):
-                raise ValueError(
-                    f"{flag_of(key)} is a setting of method 'gradlite', not of {self.method!r}: leave it out "
-                    "(--method-options takes the method's own)."
-                )
+                remedy = "leave it out (--method-options takes the method's own)"
+                if key == "rank" and self.method in LORA_METHODS:
+                    remedy = "give --lora-rank"
+                raise ValueError(f"{flag_of(key)} is a setting of method 'gradlite', not of {self.method!r}: {remedy}.")
         return self
 
     @property
@@ -337,7 +354,8 @@ class TrainConfig(BaseModel):
         """The keywords of `gradlite.methods.build(method, model, **keywords)`."""
         if self.method == "gradlite":
             return self.optimizer_keywords()
-        return {"lr": self.lr, "weight_decay": self.weight_decay, **(self.method_options or {})}
+        rank = {} if self.lora_rank is None else {"rank": self.lora_rank}
+        return {"lr": self.lr, "weight_decay": self.weight_decay, **rank, **(self.method_options or {})}
 
     def afresh(self) -> Self:
         """The same run without `resume` and `overwrite`, which say what becomes of an earlier one."""
