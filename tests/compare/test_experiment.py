@@ -30,7 +30,7 @@ def test_a_file_overrides_the_default_and_flags_override_the_file(tmp_path: Path
     assert (experiment.name, experiment.steps, experiment.seq_len, experiment.seeds) == ("mine", 9, 32, [4])
     assert experiment.batch_size == 4  # the default's
     assert experiment.rates_of(experiment.methods[0]) == [1e-3]
-    assert experiment.rates["adamw"] == [6e-5, 1.5e-4, 4e-4]  # other methods keep theirs
+    assert experiment.rates["adamw"] == [2.5e-5, 6e-5, 1.5e-4]  # other methods keep theirs
     swept = load_experiment(file, {"learning_rates": [0.1, 0.2]})
     assert swept.rates_of(swept.methods[0]) == [0.1, 0.2]
 
