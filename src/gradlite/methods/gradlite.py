@@ -12,8 +12,10 @@ from gradlite.attaching.attachment import unwrapped
 from gradlite.attaching.holding import Hold
 from gradlite.attaching.patterns import matches, names_by_parameter
 from gradlite.errors import GradLiteError
+from gradlite.optim.member_step import Feedback
 from gradlite.optim.moments import MomentsFormat
-from gradlite.optim.subspace_adamw import Feedback, MemoryFormat, SubspaceAdamW
+from gradlite.optim.saved_state import shares_inside
+from gradlite.optim.subspace_adamw import MemoryFormat, SubspaceAdamW
 from gradlite.subspace.collector import BasisKind
 
 _CHOICES = {
@@ -165,7 +167,7 @@ class GradLite(SubspaceAdamW):
         basis never moves or is of full rank.
         """
         names = (name for name, _ in self._attachment.projected)
-        shares = zip(names, self._shares_inside(), strict=True)
+        shares = zip(names, shares_inside(self._window.collectors), strict=True)
         return {name: share for name, share in shares if share is not None}
 
     def step(self, closure: Any = None) -> Any:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradlite.optim.subspace_adamw import PHI_LIMIT
+from gradlite.optim.member_step import PHI_LIMIT
 from gradlite.subspace.basis import INERTIA
 
 

@@ -14,7 +14,6 @@ For every projected weight, in one step (docs/method.md, sections 3 to 5):
 This module knows tensors and collectors; models belong to :mod:`gradlite.attaching` and :mod:`gradlite.methods`.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Literal, overload
@@ -24,21 +23,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradlite.errors import GradLiteError
+from gradlite.optim.member_step import Feedback, MemberStep, SubspaceStep, carry_moments, tick
 from gradlite.optim.moments import MomentsFormat, moments_for
 from gradlite.optim.rounding import NoiseTable, dense_update_, low_rank_update_
+from gradlite.optim.saved_state import check_fits, restore_window, saved_window
+from gradlite.optim.state_bytes import bytes_now, bytes_to_come
 from gradlite.subspace.basis import refreshed_basis
 from gradlite.subspace.collector import Basis, Collector, Coordinates, Window
 from gradlite.subspace.energy import outside_probes, share_inside
 from gradlite.subspace.feedback import ErrorMemory, FactoredMemory, FullMemory, Int4Memory
-from gradlite.subspace.transport import transport_moments
-
-PHI_LIMIT = 3.0
-"""How far φ may exceed ``1/√mean(v̂)``: never reached while gradients stay within a third of their usual size."""
 
 REFRESHES_A_MEASUREMENT = 2
 """At every second refresh of a basis the gradient's energy inside it is measured: at each it took 0.6 % of a step's time."""
 
-Feedback = Literal["feedback", "same_step", "off"]
 MemoryFormat = Literal["factored", "int4", "fp32"]
 
 
@@ -75,9 +72,9 @@ class SubspaceAdamW(Optimizer):
         super().__init__(groups, {})
         self._feedback = feedback
         self._feedback_memory = feedback_memory
+        self._moments: MomentsFormat = moments
         self._follow(window, weights)
         self._refresh_interval = refresh_interval
-        self._moments: MomentsFormat = moments
         self._stochastic_rounding = stochastic_rounding
         self._global_step = 0
         self.skipped_steps = 0
@@ -87,7 +84,8 @@ class SubspaceAdamW(Optimizer):
         self._window = window
         self._collector_of = {id(c.coordinates): c for c in window.collectors}
         self._weight_of = dict(zip((id(c) for c in window.collectors), weights, strict=True))
-        self._memory = error_memory(self._feedback_memory, lambda: window.generator)
+        memory = error_memory(self._feedback_memory, lambda: window.generator)
+        self._subspace_step = SubspaceStep(self._moments, self._feedback, memory)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies: torch's own keeps only what all optimizers have, and what is looked up by identity is made anew."""
@@ -162,7 +160,7 @@ class SubspaceAdamW(Optimizer):
             state["step"] = torch.zeros(())
             state.update(moments.init(param.shape, param))
         assert param.grad is not None
-        direction, _ = moments.advance(state, param.grad, _tick(state), group["betas"], group["eps"], noise)
+        direction, _ = moments.advance(state, param.grad, tick(state), group["betas"], group["eps"], noise)
         decay = 1.0 - float(group["lr"]) * group["weight_decay"]
         dense_update_(param, direction, -float(group["lr"]), decay, self._rounding(noise))
 
@@ -185,7 +183,10 @@ class SubspaceAdamW(Optimizer):
         for collector, _ in members:
             if collector.probed_ML is not None and collector.coordinates.grad is not None:
                 collector.share_inside = share_inside(collector.coordinates.grad, collector.probed_ML)
-        steps = [_MemberStep(self, collector, group, clip, noise) for collector, group in members]
+        steps = [
+            MemberStep(self._subspace_step, self.state[collector.coordinates], collector, group, clip, noise)
+            for collector, group in members
+        ]
         new_NR = self._refreshed(basis, steps, clip)
         scale = (basis.width / basis.rank) ** 0.5
         for member in steps:
@@ -196,23 +197,13 @@ class SubspaceAdamW(Optimizer):
             low_rank_update_(weight_MN, left, right, -lr * scale, decay, self._rounding(noise))
         if new_NR is not None:
             for collector, group in idle:
-                self._carry(collector, group, basis.matrix_NR, new_NR, noise)
+                state = self.state.get(collector.coordinates)
+                if state:
+                    moments = self._subspace_step.moments_of(collector)
+                    carry_moments(moments, collector, state, group["betas"], basis.matrix_NR, new_NR, noise)
             basis.matrix_NR = new_NR
 
-    def _carry(self, collector: Collector, group: dict[str, Any], basis_NR: Tensor, new_NR: Tensor, noise: NoiseTable) -> None:
-        """Moves a weight's moments from one basis to the next."""
-        state = self.state.get(collector.coordinates)
-        if not state:
-            return
-        shape = collector.coordinates.shape
-        moments = moments_for(self._moments, collector.rows * collector.basis.rank, collector.coordinates.dtype)
-        exp_avg_MR, exp_avg_sq_MR = moments.read(state, shape)
-        rotation_RR = basis_NR.to(exp_avg_MR.dtype).T @ new_NR.to(exp_avg_MR.dtype)
-        step, (beta1, beta2) = int(state["step"].item()), group["betas"]
-        moved = transport_moments(exp_avg_MR, exp_avg_sq_MR, rotation_RR, 1.0 - beta1**step, 1.0 - beta2**step)
-        moments.write(state, *moved, noise)
-
-    def _refreshed(self, basis: Basis, steps: "list[_MemberStep]", clip: Tensor) -> Tensor | None:
+    def _refreshed(self, basis: Basis, steps: list[MemberStep], clip: Tensor) -> Tensor | None:
         if not basis.due or basis.sketch_NR is None:
             return None
         assert basis.matrix_NR is not None
@@ -238,23 +229,17 @@ class SubspaceAdamW(Optimizer):
             if collector.basis.due and self._window.kind == "gradient":
                 if not state:  # no gradient has reached this weight yet: it has no say in where the basis goes
                     continue
-                moments = moments_for(self._moments, collector.rows * collector.basis.rank, collector.coordinates.dtype)
-                exp_avg_MR, _ = moments.read(state, collector.coordinates.shape)
+                exp_avg_MR, _ = self._subspace_step.moments_of(collector).read(state, collector.coordinates.shape)
                 collector.probe_MR = exp_avg_MR.to(collector.coordinates.dtype)
 
     # ---- what is saved --------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, numbers and lists: loads with ``torch.load(…, weights_only=True)``."""
-        bases = self._window.bases()
-        index_of = {id(basis): index for index, basis in enumerate(bases)}
         saved = super().state_dict()
         saved["subspace"] = {
             "formats": self._formats(),
-            "basis_of": [index_of[id(collector.basis)] for collector in self._window.collectors],
-            "bases": [None if basis.matrix_NR is None else basis.matrix_NR for basis in bases],
-            "generator": self._window.generator.get_state(),
-            "shares_inside": self._shares_inside(),
+            **saved_window(self._window),
             "global_step": self._global_step,
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -266,7 +251,7 @@ class SubspaceAdamW(Optimizer):
         if "subspace" not in state_dict:
             raise GradLiteError("the saved state is not a GradLite optimizer's: it has no 'subspace'.")
         saved = state_dict["subspace"]
-        self._check_fits(saved)
+        check_fits(self._window, self._formats(), saved)
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         params = [param for group in self.param_groups for param in group["params"]]
         for index, state in state_dict["state"].items():
@@ -275,185 +260,29 @@ class SubspaceAdamW(Optimizer):
                 name: value.clone() if name in ("step", "error_shape") else value.to(param.device, copy=True)
                 for name, value in state.items()
             }
-        self._restore_bases(saved)
-        self._window.generator.set_state(saved["generator"].cpu())
-        for collector, share in zip(self._window.collectors, saved["shares_inside"], strict=True):
-            collector.share_inside = None if share is None else torch.tensor(share, dtype=torch.float64)
+        restore_window(self._window, saved)
         self._global_step = saved["global_step"]
         self.skipped_steps = saved["skipped_steps"]
         self.skipped_in_a_row = saved["skipped_in_a_row"]
         self._window.clear()
         self._mark_due()
 
-    def _shares_inside(self) -> list[float | None]:
-        """Of every collector the newest share of its gradient's energy inside the basis, in one read from the device."""
-        newest = [collector.share_inside for collector in self._window.collectors]
-        known = [share.double() for share in newest if share is not None]
-        values = iter(torch.stack(known).tolist() if known else [])
-        shares = [None if share is None else next(values) for share in newest]
-        return [share if share is not None and math.isfinite(share) else None for share in shares]
-
     def _formats(self) -> dict[str, str]:
         return {"feedback": self._feedback, "feedback_memory": self._feedback_memory, "moments": self._moments}
-
-    def _check_fits(self, saved: dict[str, Any]) -> None:
-        for name, here_format in self._formats().items():
-            there_format = saved["formats"][name]
-            if there_format != here_format:
-                raise GradLiteError(
-                    f"the saved optimizer has {name}={there_format!r}, this one {name}={here_format!r}; load it with the same."
-                )
-        there, here = saved["basis_of"], self._window.collectors
-        if len(there) != len(here):
-            raise GradLiteError(
-                f"the saved optimizer has {len(there)} projected weights, this one has {len(here)}; "
-                "load it with the same model, include and exclude."
-            )
-        for collector, index in zip(here, there, strict=True):
-            matrix = saved["bases"][index]
-            wanted = (collector.basis.width, collector.basis.rank)
-            if matrix is not None and tuple(matrix.shape) != wanted:
-                raise GradLiteError(
-                    f"the saved optimizer has a basis of width {matrix.shape[0]} and rank {matrix.shape[1]} where this "
-                    f"one has width {wanted[0]} and rank {wanted[1]}; load it with the same model and rank."
-                )
-
-    def _restore_bases(self, saved: dict[str, Any]) -> None:
-        restored: dict[int, Basis] = {}
-        for collector, index in zip(self._window.collectors, saved["basis_of"], strict=True):
-            if index not in restored:
-                restored[index] = Basis(collector.basis.width, collector.basis.rank)
-                matrix = saved["bases"][index]
-                if matrix is not None:
-                    like = collector.coordinates
-                    restored[index].matrix_NR = matrix.to(device=like.device, dtype=like.dtype, copy=True)
-            collector.basis = restored[index]
 
     # ---- bytes ----------------------------------------------------------------------------------------------------
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the tensors that exist now, by category; gradients and samples exist between backward and step."""
-        counted: dict[str, int] = dict.fromkeys(_CATEGORIES, 0)
-        counted["weights"] = sum(weight.nbytes for weight in self._weight_of.values())
-        for group in self.param_groups:
-            for param in group["params"]:
-                if not isinstance(param, Coordinates):
-                    counted["weights"] += param.nbytes
-                if param.grad is not None:
-                    counted["gradients"] += param.grad.nbytes
-                for name, value in self.state.get(param, {}).items():
-                    counted["error memory" if name.startswith("error") else "moments"] += value.nbytes
-        for basis in self._window.bases():
-            counted["basis"] += _nbytes(basis.matrix_NR, basis.sketch_NR, basis.probes_NK)
-        for collector in self._window.collectors:
-            counted["basis"] += _nbytes(collector.probe_MR, collector.probed_ML)
-            if collector.sample is not None:
-                counted["residual sample"] += sum(factor.nbytes for factor in collector.sample)
-        return counted
+        return bytes_now(self.param_groups, self.state, self._window, list(self._weight_of.values()))
 
     def expected_bytes(self) -> dict[str, int]:
         """The same categories from shapes alone, as they will stand between backward and step, sketches left out."""
-        expected: dict[str, int] = dict.fromkeys(_CATEGORIES, 0)
-        for group in self.param_groups:
-            for param in group["params"]:
-                if isinstance(param, Coordinates):
-                    continue
-                expected["weights"] += param.nbytes
-                expected["gradients"] += param.nbytes
-                moments = moments_for(self._moments, param.numel(), param.dtype)
-                expected["moments"] += moments.nbytes(param.numel(), param.itemsize) + 4
-        for basis in self._window.bases():
-            expected["basis"] += basis.width * basis.rank * self._window.residual_norm.itemsize
-        for collector in self._window.collectors:
-            rows, width, rank = collector.rows, collector.basis.width, collector.basis.rank
-            weight_MN = self._weight_of[id(collector)]
-            moments = moments_for(self._moments, rows * rank, weight_MN.dtype)
-            expected["weights"] += weight_MN.nbytes
-            expected["gradients"] += rows * rank * weight_MN.itemsize
-            expected["moments"] += moments.nbytes(rows * rank, weight_MN.itemsize) + 4
-            if self._feedback != "off" and rank < width:
-                expected["residual sample"] += collector.sample_count * (rows + width) * weight_MN.itemsize
-            if self._feedback == "feedback" and rank < width:
-                expected["error memory"] += self._memory.nbytes(rows, width, rank, weight_MN.itemsize)
-        expected["gradients"] += self._window.residual_norm.itemsize
-        return expected
+        weights = [self._weight_of[id(collector)] for collector in self._window.collectors]
+        return bytes_to_come(self.param_groups, self._window, weights, self._subspace_step)
 
 
 _COPIED = (
     "_window", "_feedback", "_feedback_memory", "_refresh_interval", "_moments", "_stochastic_rounding", "_global_step",
     "skipped_steps", "skipped_in_a_row",
 )  # fmt: skip
-_CATEGORIES = ("weights", "gradients", "basis", "residual sample", "error memory", "moments")
-
-
-def _nbytes(*tensors: Tensor | None) -> int:
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-def _tick(state: dict[str, Tensor]) -> int:
-    state["step"] += 1
-    return int(state["step"].item())
-
-
-class _MemberStep:
-    """One weight's way through a step: its direction first, its moments and memory once the basis is decided."""
-
-    def __init__(
-        self, optimizer: SubspaceAdamW, collector: Collector, group: dict[str, Any], clip: Tensor, noise: NoiseTable
-    ) -> None:
-        self.optimizer = optimizer
-        self.collector = collector
-        self.group = group
-        coordinates = collector.coordinates
-        assert coordinates.grad is not None
-        self.state = optimizer.state[coordinates]
-        self.moments = moments_for(optimizer._moments, collector.rows * collector.basis.rank, coordinates.dtype)
-        if not self.state:
-            self._init_state(coordinates)
-        self.step = _tick(self.state)
-        self.direction_MR, total = self.moments.advance(
-            self.state, coordinates.grad, self.step, group["betas"], group["eps"], noise
-        )
-        if collector.sample is not None:
-            self.sample_scale = self._sample_scale(coordinates.grad, total, clip)
-            if self._remembers():
-                optimizer._memory.add(self.state, collector.sample, self.sample_scale)
-
-    def _sample_scale(self, grad: Tensor, total: Tensor, clip: Tensor) -> Tensor:
-        """What makes the residual's sample an update: ``φκ``, and the factor by which the gradients were clipped."""
-        grad_MR = grad.to(self.direction_MR.dtype)
-        tiny = torch.finfo(grad_MR.dtype).tiny
-        phi = torch.linalg.vector_norm(self.direction_MR) / torch.linalg.vector_norm(grad_MR).clamp_min(tiny)
-        # A gradient that hardly enters the basis would make φ boundless; Adam's own mean unit 1/√v̂ bounds it.
-        total = (total / (1.0 - self.group["betas"][1] ** self.step)).clamp_min(tiny)
-        phi = torch.minimum(phi, PHI_LIMIT * (grad_MR.numel() / total).sqrt())
-        return phi * clip.to(grad_MR.dtype) * self.collector.signal_share().to(grad_MR.dtype)
-
-    def _init_state(self, coordinates: Coordinates) -> None:
-        collector, optimizer = self.collector, self.optimizer
-        self.state["step"] = torch.zeros(())
-        self.state.update(self.moments.init(coordinates.shape, coordinates))
-        if self._remembers():
-            rank, width = collector.basis.rank, collector.basis.width
-            like = coordinates.new_empty(0)
-            self.state.update(optimizer._memory.init(collector.rows, width, rank, like))
-
-    def _remembers(self) -> bool:
-        return self.optimizer._feedback == "feedback" and self.collector.basis.rank < self.collector.basis.width
-
-    def finish(self, basis_NR: Tensor, new_NR: Tensor | None, noise: NoiseTable) -> tuple[Tensor, Tensor]:
-        """The weight's update as two factors, M×S and N×S; the moments move with the basis."""
-        compute = self.direction_MR.dtype
-        basis_NR = basis_NR.to(compute)
-        left, right = [self.direction_MR], [basis_NR]
-        sample = self.collector.sample
-        if self.optimizer._feedback == "same_step" and sample is not None:
-            left.append(sample.left_KM.to(compute).T * self.sample_scale)
-            right.append(sample.right_KN.to(compute).T)
-        if new_NR is not None:
-            self.optimizer._carry(self.collector, self.group, basis_NR, new_NR, noise)
-            if self._remembers():
-                new_NR = new_NR.to(compute)
-                left.append(self.optimizer._memory.release(self.state, new_NR).to(compute))
-                right.append(new_NR)
-        return (left[0], right[0]) if len(left) == 1 else (torch.cat(left, 1), torch.cat(right, 1))
