@@ -57,6 +57,19 @@ def test_a_run_leaves_a_whole_record(make_spec: MakeSpec, method: str, dtype: st
     assert record.machine["num_threads"] == 1
 
 
+def test_a_record_tells_how_much_of_the_gradient_the_bases_hold(make_spec: MakeSpec) -> None:
+    options = {"rank": 4, "refresh_interval": 2}
+    energy = work(make_spec(method="gradlite", steps=20, options=options), "gradlite compare").energy
+    assert energy is not None
+    assert energy.steps == [10, 20]
+    assert "layer 1" in energy.layers
+    shares = [share for row in energy.inside for share in row if share is not None]
+    assert len(shares) > len(energy.layers)
+    assert all(0.0 <= share <= 1.0 for share in shares)
+    assert min(shares) < 0.999  # a basis of rank 4 does not hold everything
+    assert work(make_spec(method="adamw", steps=10), "gradlite compare").energy is None
+
+
 def test_the_same_seed_gives_the_same_losses(make_spec: MakeSpec) -> None:
     first, second = (work(make_spec(steps=3), "").curve.train_loss for _ in range(2))
     assert first == second

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from gradlite.report.energy import layer_means, layer_of, mean_line
+from gradlite.compare.energy import layer_of
+from gradlite.report.energy import energy_of, mean_line
 
 
 def test_layers_are_numbered_modules_and_the_rest() -> None:
@@ -24,7 +25,7 @@ def test_means_keep_gaps_and_sort_by_number() -> None:
         {"step": 20, "energy": {"model.embed.weight": 1.0, "model.layers.2.a.weight": 0.4}},
         {"step": 30, "energy": {}},
     ]
-    found = layer_means(lines)
+    found = energy_of(lines)
     assert found is not None
     assert found.layers == ["embed", "layer 2", "layer 10"]
     assert found.steps == [10, 20]
@@ -33,4 +34,4 @@ def test_means_keep_gaps_and_sort_by_number() -> None:
     steps, means = mean_line(found)
     assert steps == [10.0, 20.0]
     assert means == pytest.approx([0.425, 0.7])
-    assert layer_means(lines[:1]) is None
+    assert energy_of(lines[:1]) is None

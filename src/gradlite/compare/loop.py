@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from gradlite.compare.record import ByCategory, Memory
 from gradlite.measure.live_memory import AllocationWatch, StepMarks
 from gradlite.measure.process_memory import anonymous_peak_bytes, forget_peak, give_back_free_memory
-from gradlite.methods.method import Method
+from gradlite.methods.method import ENERGY_EVERY, Method
 
 WATCHED_STEPS = 3
 """The memory of the last of them is reported: by then every method has its state."""
@@ -35,12 +35,13 @@ class Diverged(Exception):
 
 @dataclass
 class Measured:
-    """What a loop saw, step by step; ``seconds`` are those of single steps."""
+    """What a loop saw, step by step; ``seconds`` are those of single steps. ``energies``: steps with the method's energy."""
 
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
     num_samples: list[int] = field(default_factory=list)
+    energies: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     memory: Memory | None = None
 
 
@@ -118,6 +119,8 @@ class Loop:
         self._synchronize()
         seen.seconds.append(time.perf_counter() - began)
         seen.losses.append(value)
+        if len(seen.losses) % ENERGY_EVERY == 0:
+            seen.energies.append((len(seen.losses), method.energy()))
         seen.num_tokens.append(int(batch["attention_mask"].sum()))
         seen.num_samples.append(len(batch["input_ids"]))
         if watch is not None and self._device.type == "cuda":

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from gradlite import methods
+from gradlite.compare.energy import layer_means
 from gradlite.compare.loop import UNTIMED_STEPS, Diverged, Loop, Measured
 from gradlite.compare.record import Curve, HeldOut, Record, Spread, Status, write_record
 from gradlite.compare.rows import TokenRow, prepare
@@ -134,6 +135,7 @@ class _Run:
             "samples_per_second": _spread(rates(seen.num_samples[timed], seen.seconds[timed])),
             "step_seconds": seen.seconds[timed],
             "memory": seen.memory,
+            "energy": layer_means(seen.energies),
         }
 
     def _load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

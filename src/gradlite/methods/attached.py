@@ -43,5 +43,8 @@ class AttachedMethod(Method):
         del counted["weights"]
         return {"optimizer": sum(counted.values()), "gradients": gradients}
 
+    def energy(self) -> dict[str, float]:
+        return self.optimizer.energy()
+
     def _count(self) -> None:
         self.skipped_steps, self.skipped_in_a_row = self.optimizer.skipped_steps, self.optimizer.skipped_in_a_row

@@ -41,6 +41,9 @@ class Claims:
     clipping: bool  # clip() bounds the global gradient norm before the weights change
 
 
+ENERGY_EVERY = 10
+"""Steps between two looks at :meth:`Method.energy`; a look costs one read from the device."""
+
 PLAIN = Claims(full_parameter=True, accumulation=True, clipping=True)
 
 
@@ -137,6 +140,10 @@ class Method(ABC):  # noqa: B024 - nothing is abstract: the base does the plain 
     def state_bytes(self) -> dict[str, int]:
         """Bytes that live now: ``optimizer`` (all that training keeps from step to step) and ``gradients``."""
         return {"optimizer": live_bytes(self._state()), "gradients": live_bytes(p.grad for p in self.model.parameters())}
+
+    def energy(self) -> dict[str, float]:
+        """The newest known share (0 to 1) of each weight's gradient energy inside its basis, by name; or {}."""
+        return {}
 
     def _state(self) -> Any:
         """All that the method keeps from step to step, in any nesting."""

@@ -1,41 +1,16 @@
-"""A run's measurements of the gradient's energy inside the bases, weight by weight, as means over layers."""
+"""The gradient's energy inside the bases, as a run's records have it."""
 
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gradlite.compare.energy import layer_means
 from gradlite.compare.record import Energy
 
-_BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
 
-
-def layer_means(metrics: Sequence[Mapping[str, Any]]) -> Energy | None:
-    """The mean share over the weights of each layer, at every step that has any; None where no line has.
-
-    ``metrics`` are lines of metrics.jsonl, some with ``energy``: shares by the weights' names. Layers keep their order; weights
-    outside of numbered blocks (embeddings, heads) are layers of their own.
-    """
-    measured = [
-        (line["step"], line["energy"]) for line in metrics if isinstance(line.get("energy"), Mapping) and line["energy"]
-    ]
-    if not measured:
-        return None
-    layers = list(dict.fromkeys(layer_of(name) for _, shares in measured for name in shares))
-    layers.sort(key=_place)
-    inside = []
-    for _, shares in measured:
-        by_layer: dict[str, list[float]] = {}
-        for name, share in shares.items():
-            by_layer.setdefault(layer_of(name), []).append(share)
-        inside.append([statistics.fmean(by_layer[layer]) if layer in by_layer else None for layer in layers])
-    return Energy(steps=[step for step, _ in measured], layers=layers, inside=inside)
-
-
-def layer_of(name: str) -> str:
-    """`layer 3` for a weight of a numbered block, otherwise the module's name."""
-    found = _BLOCK.search(name)
-    return f"layer {found[1]}" if found else name.removesuffix(".weight").removeprefix("model.")
+def energy_of(metrics: Sequence[Mapping[str, Any]]) -> Energy | None:
+    """Means over layers from lines of metrics.jsonl, some with ``energy``: shares by the weights' names."""
+    return layer_means([(line["step"], line["energy"]) for line in metrics if isinstance(line.get("energy"), Mapping)])
 
 
 def mean_line(energy: Energy) -> tuple[list[float], list[float]]:
@@ -45,9 +20,3 @@ def mean_line(energy: Energy) -> tuple[list[float], list[float]]:
     ]
     pairs = [(float(step), statistics.fmean(row)) for step, row in known if row]
     return [step for step, _ in pairs], [share for _, share in pairs]
-
-
-def _place(layer: str) -> tuple[int, int]:
-    """Other modules first, then blocks by number; the sort keeps the order of the rest."""
-    found = re.fullmatch(r"layer (\d+)", layer)
-    return (1, int(found[1])) if found else (0, 0)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 
 from gradlite.compare.record import Record
-from gradlite.report.energy import layer_means
+from gradlite.report.energy import energy_of
 from gradlite.report.read import TrainedRun
 from gradlite.report.rows import Group, Row
 from gradlite.report.words import counted, in_loss, in_memory, in_percent
@@ -44,7 +44,7 @@ def of_run(run: TrainedRun) -> list[str]:
     _, skipped = run.series("skipped_steps")
     if skipped and skipped[-1]:
         said.append(f"{counted(int(skipped[-1]), 'step')} skipped, because a loss or a gradient was not finite.")
-    energy = layer_means(run.metrics)
+    energy = energy_of(run.metrics)
     if energy is not None:
         last = {name: share for name, share in zip(energy.layers, energy.inside[-1], strict=True) if share is not None}
         least = min(last, key=lambda name: last[name])

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradlite.report.charts import Line, heat_map, lines, running_mean
-from gradlite.report.energy import layer_means, mean_line
+from gradlite.report.energy import energy_of, mean_line
 from gradlite.report.palette import look
 from gradlite.report.provenance import of_run
 from gradlite.report.read import TrainedRun
@@ -140,7 +140,7 @@ def _watched(run: TrainedRun) -> list[Picture]:
 
 
 def _energy(run: TrainedRun) -> Sequence[Section]:
-    found = layer_means(run.metrics)
+    found = energy_of(run.metrics)
     if found is None:
         return []
     steps, shares = mean_line(found)

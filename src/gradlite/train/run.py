@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gradlite.errors import GradLiteError
 from gradlite.evaluate.answers import answer_questions
 from gradlite.measure.memory import peak_memory_bytes
-from gradlite.methods.gradlite import GradLite
+from gradlite.methods.method import ENERGY_EVERY
 from gradlite.train.callback import MAX_SKIPPED_IN_A_ROW, RunCallback, StepReport
 from gradlite.train.card import Result
 from gradlite.train.config import TrainConfig
@@ -31,9 +31,6 @@ from gradlite.train.preview import preview
 from gradlite.train.progress import Progress
 from gradlite.train.quiet import quiet_libraries
 from gradlite.train.trainer import GradLiteTrainer, build_trainer, num_steps, weights_are_finite
-
-ENERGY_EVERY = 10
-"""Steps between two lines of the gradients' energy inside the bases in metrics.jsonl; a line has a share for each weight."""
 
 
 def run(config: TrainConfig, console: Console | None = None) -> Path:
@@ -223,7 +220,7 @@ class _Run:
             }
         )
         if report.step % ENERGY_EVERY == 0 or report.step == report.num_steps:
-            energy = self.method.optimizer.energy() if isinstance(self.method.optimizer, GradLite) else {}
+            energy = self.method.energy()
             if energy:
                 rounded = {name: round(share, 4) for name, share in energy.items()}
                 self.directory.append_metrics({"step": report.step, "energy": rounded})
