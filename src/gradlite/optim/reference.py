@@ -120,7 +120,7 @@ class ReferenceGradLite:
                 update_MN[name] = update_MN[name] + released_MN
         for name in basis.members:
             decay = 1 - self.lr * self.weight_decay
-            self.weights[name].mul_(decay).sub_(self.lr * (width / rank) ** 0.5 * update_MN[name])
+            self.weights[name].mul_(decay).sub_(self.lr * (width / rank) ** 0.25 * update_MN[name])
 
 
 def orth(y_NR: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ For every projected weight, in one step (docs/method.md, sections 3 to 5):
    (``feedback``) or at once to the weight (``same_step``).
 3. where the basis is due: it is refreshed from the window's sketch ``GᵀΨ``, the moments move along, and what the memory
    holds inside the new basis is released to the weight.
-4. one fused write: ``W ← (1 − ηλ)W − η s [Ũ Pᵀ + (eP')P'ᵀ]``, ``s = √(n/r)``, rounded stochastically in bfloat16.
+4. one fused write: ``W ← (1 − ηλ)W − η s [Ũ Pᵀ + (eP')P'ᵀ]``, ``s = (n/r)^¼``, rounded stochastically in bfloat16.
 
 This module knows tensors and collectors; models belong to :mod:`gradlite.attaching` and :mod:`gradlite.methods`.
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradlite.errors import GradLiteError
+from gradlite.optim.adam import subspace_scale
 from gradlite.optim.member_step import Feedback, MemberStep, SubspaceStep, carry_moments, tick
 from gradlite.optim.moments import MomentsFormat, moments_for
 from gradlite.optim.rounding import NoiseTable, dense_update_, low_rank_update_
@@ -188,7 +189,7 @@ class SubspaceAdamW(Optimizer):
             for collector, group in members
         ]
         new_NR = self._refreshed(basis, steps, clip)
-        scale = (basis.width / basis.rank) ** 0.5
+        scale = subspace_scale(basis.width, basis.rank)
         for member in steps:
             left, right = member.finish(basis.matrix_NR, new_NR, noise)
             lr = float(member.group["lr"])
