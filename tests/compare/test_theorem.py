@@ -27,6 +27,7 @@ from gradlite.compare.theorem import (
 )
 from gradlite.compare.theorem_sgd import SubspaceSGD, Variant
 from gradlite.compare.theorem_tables import fit_slope, summarise, tables
+from gradlite.optim.adam import subspace_scale
 
 SIZES = {"seed": 3, "width": 16, "outputs": 8}
 
@@ -82,7 +83,7 @@ def test_is_the_packages_optimizer_where_adam_is_sgd(variant: Variant) -> None:
     nn.init.zeros_(layer.weight)
     optimizer = gradlite.GradLite(
         layer,
-        lr=lr * eps * math.sqrt(rank / 16),
+        lr=lr * eps / subspace_scale(16, rank),
         rank=rank,
         eps=eps,
         betas=(0.0, 0.999),

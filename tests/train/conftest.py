@@ -1,24 +1,16 @@
-"""A tiny random chat model with a byte-level tokenizer, and small data files: enough to train in a second."""
+"""Small data files, and training runs of the tiny model that take a second."""
 
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from gradlite.train.config import TrainConfig
 from gradlite.train.run import run
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 Write = Callable[[str, Iterable[Mapping[str, Any]]], Path]
 Train = Callable[..., "Outcome"]
@@ -41,56 +33,6 @@ class Outcome:
         return dict(json.loads((self.path / "run.json").read_text()))
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and the two tokens that the chat template needs."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken("<|im_start|>"), AddedToken("<|im_end|>")])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small are slower on several threads, far slower where the processors are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return byte_tokenizer()
-
-
-@pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of two layers, 64 wide, with tied embeddings."""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
     def write_jsonl(name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -99,13 +41,6 @@ def write(tmp_path: Path) -> Write:
         return file
 
     return write_jsonl
-
-
-@pytest.fixture
-def sums(write: Write) -> Path:
-    """Forty questions with answers of different lengths."""
-    rows = [{"prompt": f"{n} and {n}?", "completion": f"{2 * n}, " + "yes " * (n % 3 + 1)} for n in range(40)]
-    return write("sums.jsonl", rows)
 
 
 @pytest.fixture
