@@ -126,3 +126,11 @@ def test_an_interrupted_comparison_says_how_to_go_on(call: Call, monkeypatch: py
 def test_an_error_of_the_comparison_is_told(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeRunner, "error", GradLiteError("there is no data."))
     assert call("--tables", "2")[::2] == (2, "error: there is no data.\n")
+
+
+@pytest.mark.parametrize("flags", [("--dry-run",), ("--steps", "5"), ("--methods", "adamw"), ("--retry-failed",)])
+def test_the_theorem_takes_no_flags_of_the_other_comparisons(call: Call, flags: tuple[str, ...]) -> None:
+    code, _, error = call("--preset", "theorem", *flags)
+    assert code == 2
+    assert f"--preset theorem has no {flags[0]}" in error
+    assert not list(Path.cwd().iterdir())

@@ -64,4 +64,8 @@ def test_a_record_of_other_work_is_noticed(make_spec: MakeSpec) -> None:
     record = make_spec().record("ok")
     assert make_spec().differs_from(record) is None
     assert make_spec(steps=7).differs_from(record) == "steps"
+    assert make_spec(max_grad_norm=0.5).differs_from(record) == "max_grad_norm"
+    assert make_spec(held_out_rows=5).differs_from(record) == "held_out_rows"
+    assert make_spec(held_out_from_last=11).differs_from(record) == "held_out_from_last"
+    assert make_spec(full_rows=True).differs_from(record) == "full_rows"
     assert make_spec(options={"betas": [0.9, 0.99]}).differs_from(record) == "options"

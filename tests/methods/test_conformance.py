@@ -45,7 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ia3": {"lr": 1.0},
     "mesp": {"lr": 3e-2},
     "mebp": {"lr": 3e-2},
-    "mezo": {"lr": 1e-5, "epsilon": 1e-2},
+    "mezo": {"lr": 1e-3, "epsilon": 1e-2},
     "gradlite": {"lr": 3e-3, "rank": 8},
 }
 VARIANTS = {"adamw8bit-in-backward": "adamw8bit", "lomo-clipped": "lomo"}
@@ -102,6 +102,14 @@ def loss_of(method: Method, ids: Tensor) -> Tensor:
     return loss
 
 
+@torch.no_grad()
+def evaluated(method: Method, ids: Tensor) -> float:
+    method.model.eval()
+    loss = loss_of(method, ids).item()
+    method.model.train()
+    return loss
+
+
 def step(method: Method, ids: Tensor, scheduler: Any = None) -> float:
     loss = loss_of(method, ids)
     method.backward(loss)
@@ -135,10 +143,10 @@ def test_the_suite_leaves_no_method_out() -> None:
 @every_method
 def test_a_memorised_batch_is_learned(name: str) -> None:
     method = build(name)
-    before = loss_of(method, batch()).item()
-    for _ in range(12):
-        after = step(method, batch())
-    assert after < {"ia3": 0.95, "mezo": 1.0}.get(name, 0.9) * before  # IA3 has 384 weights for it, MeZO one direction a step
+    before = evaluated(method, batch())
+    for _ in range({"mezo": 60}.get(name, 12)):  # MeZO tries one direction a step
+        step(method, batch())
+    assert evaluated(method, batch()) < {"ia3": 0.95, "mezo": 0.98}.get(name, 0.9) * before  # IA3 has 384 weights for it
     assert method.skipped_steps == 0
 
 
@@ -306,6 +314,28 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_counted(name: str) -> 
     assert saved_and_loaded(method.state_dict())
     step(method, batch())
     assert (method.skipped_steps, method.skipped_in_a_row) == (2, 0)
+    assert changed(before, method.model) != set()
+
+
+@pytest.mark.parametrize("entry", [math.inf, math.nan])
+def test_a_clipped_fused_backward_pass_leaves_out_a_gradient_that_is_not_finite(entry: float) -> None:
+    """The loss is finite, so only the norm tells."""
+    method = build("lomo-clipped")
+    step(method, batch())
+    before = weights(method.model)
+    layer = method.model.get_submodule("model.layers.0.mlp.down_proj")
+
+    def spoil(_: nn.Module, gradients: Any) -> tuple[Tensor]:
+        return (torch.full_like(gradients[0], entry),)
+
+    broken = layer.register_full_backward_pre_hook(spoil)
+    for number in range(1, 4):
+        step(method, batch())
+        assert (method.skipped_steps, method.skipped_in_a_row) == (number, number)
+    assert changed(before, method.model) == set()
+    broken.remove()
+    step(method, batch())
+    assert (method.skipped_steps, method.skipped_in_a_row) == (3, 0)
     assert changed(before, method.model) != set()
 
 

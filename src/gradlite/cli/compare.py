@@ -55,6 +55,14 @@ def compare(
         raise GradLiteError("--preset and --experiment exclude each other: give one of them.")
     console = Console(soft_wrap=True)
     if preset == _THEOREM:
+        flags = {
+            "--tables": tables, "--methods": methods, "--model": model, "--dataset": dataset, "--steps": steps, "--lr": lr,
+            "--seeds": seeds, "--batch-size": batch_size, "--seq-len": seq_len, "--dtype": dtype,
+            "--dry-run": dry_run or None, "--retry-failed": retry_failed or None,
+        }  # fmt: skip
+        unused = [flag for flag, value in flags.items() if value is not None]
+        if unused:
+            raise GradLiteError(f"--preset theorem has no {unused[0]}: it takes --output-dir alone.")
         from gradlite.compare.theorem import run_theorem  # brings torch
 
         run_theorem(output_dir or Path("runs/compare") / _THEOREM, console)
@@ -83,7 +91,7 @@ def compare(
     if dry_run:
         from gradlite.compare.dry_run import show_runs  # brings torch
 
-        show_runs(chosen, directory, console)
+        show_runs(chosen, directory, console, retry_failed)
         return
     _run(chosen, directory, console, retry_failed)
 

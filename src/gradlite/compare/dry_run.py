@@ -25,9 +25,9 @@ _OVERHEAD = 1.5
 _NUM_PRODUCTS = 20
 
 
-def show_runs(experiments: Sequence[Experiment], output_dir: Path, console: Console) -> None:
+def show_runs(experiments: Sequence[Experiment], output_dir: Path, console: Console, retry_failed: bool = False) -> None:
     """List the runs that are due, and how long they take by the speed of one matrix product on this machine."""
-    runner = Runner(output_dir, "", console, lambda _: None)
+    runner = Runner(output_dir, "", console, lambda _: None, retry_failed)
     runner.check(experiments)
     shown = Table("Run", "Steps × rows × tokens", box=None)
     num_tokens = num_due = 0

@@ -136,14 +136,15 @@ class Loop:
         """Of the last watched step. On CUDA the peak is the allocator's own, and the watch only splits it."""
         split = watch.peaks[-1]
         peak = split.total if self._allocator_peak_bytes is None else self._allocator_peak_bytes
-        above = peak - self._weight_bytes
+        base = min(self._weight_bytes, split.weights)  # weights that a method keeps in four bits are no saving above them
+        above = peak - base
         process = None if process_peak is None or self._anonymous_bytes is None else process_peak - self._anonymous_bytes
         earlier = max((one.total for one in watch.peaks[:-1]), default=0)
         notes = [
             _note(above, "live tensors", process, "the process's anonymous memory"),
             _note(peak, "the allocator", split.total, "the sum of the categories"),
-            f"an earlier step peaked at {(earlier - self._weight_bytes) / 1e9:.3f} GB above the weights"
-            if earlier - self._weight_bytes > (1 + NOTABLE) * above
+            f"an earlier step peaked at {(earlier - base) / 1e9:.3f} GB above the weights"
+            if earlier - base > (1 + NOTABLE) * above
             else None,
         ]
         return Memory(

@@ -92,7 +92,8 @@ class Energy(_Part):
 class Record(_Part):
     """One run of one method. ``reason``: why ``status`` is not "ok"; of a good run, what a reader must know about it.
 
-    ``label``: what the experiment calls this method with these options; rows of tables are named so.
+    ``label``: what the experiment calls this method with these options; rows of tables are named so. ``max_grad_norm``: what
+    was asked for; ``options`` has what was done.
     """
 
     record_version: Literal[1] = 1
@@ -111,6 +112,10 @@ class Record(_Part):
     steps: int
     schedule: str
     warmup_steps: int
+    max_grad_norm: float | None = None
+    held_out_from_last: int | None = None
+    held_out_rows: int | None = None
+    full_rows: bool | None = None
     status: Status
     reason: str | None = None
     curve: Curve = Curve()

@@ -43,7 +43,7 @@ class RunSpec(BaseModel):
 
     def record(self, status: Status, reason: str | None = None, **measured: Any) -> Record:
         """This run's record. Paths of this machine do not go into it: files and directories are named by their last part."""
-        own = self.model_dump(exclude={"held_out_from_last", "held_out_rows", "full_rows", "max_grad_norm", "options"})
+        own = self.model_dump(exclude={"options"})
         own["options"] = {**self.options, "max_grad_norm": self.max_grad_norm}
         own |= {"model": public_name(self.model), "dataset": public_name(self.dataset)}
         if reason is not None:
@@ -51,10 +51,13 @@ class RunSpec(BaseModel):
         return Record.model_validate({**own, "status": status, "reason": reason, **measured})
 
     def differs_from(self, record: Record) -> str | None:
-        """The first key in which a record of the same name belongs to other work, or None."""
+        """The first key in which a record of the same name belongs to other work, or None.
+
+        A key that the record does not have (older ones lack four) says nothing.
+        """
         mine = self.record("ok")
-        keys = ("method", "label", "model", "dataset", "dtype", "lr", "seed", "batch_size", "seq_len", "steps", "schedule")
-        wrong = [key for key in (*keys, "warmup_steps") if getattr(mine, key) != getattr(record, key)]
+        keys = [key for key in RunSpec.model_fields if key != "options"]
+        wrong = [key for key in keys if getattr(record, key) not in (None, getattr(mine, key))]
         own_options = {key: value for key, value in record.options.items() if key != "max_grad_norm"}
         return next(iter(wrong), "options" if own_options != self.options else None)
 

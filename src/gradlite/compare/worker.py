@@ -50,7 +50,8 @@ _PACKAGES = (
 )  # fmt: skip
 
 _SEEDED = ("gradlite", "mesp", "mezo")
-"""Methods with an option ``seed``; the others draw from torch's generator, where they draw at all."""
+"""Methods with an option ``seed``. The others draw from torch's generator, where they draw at all; but apollo-torch seeds its
+projections by the parameter's number, so that they are the same in every run."""
 
 
 def work(spec: RunSpec, command: str) -> Record:

@@ -51,7 +51,8 @@ def names() -> tuple[str, ...]:
 def build(name: str, model: "nn.Module", *, lr: float, **options: Any) -> "Method":
     """The method called ``name`` over ``model``, which it may change in place (attach, wrap, checkpoint).
 
-    Every method but gradlite takes ``checkpointing``; the other options and their defaults are told in the method's file.
+    Every method but gradlite, mesp, mebp and mezo takes ``checkpointing``; the other options and their defaults are told in
+    the method's file.
 
     Raises:
         GradLiteError: an unknown name or option (the nearest is named), a value that is not accepted, a missing package.

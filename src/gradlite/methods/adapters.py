@@ -41,11 +41,9 @@ def lora(
     """PEFT's LoRA with PEFT's default rank and alpha, on all linear layers but the head: QLoRA's finding (arXiv 2305.14314)
     is that fewer fall short of full fine-tuning.
     """
-    peft = _import_peft("lora")
-    config = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
+    return lora_as(
+        "lora", model, lr, rank, alpha, dropout, target_modules, betas, eps, weight_decay, checkpointing=checkpointing
     )
-    return _adapted("lora", model, config, lr, betas, eps, weight_decay, checkpointing)
 
 
 def dora(
@@ -62,16 +60,20 @@ def dora(
     checkpointing: bool = False,
 ) -> Method:
     """PEFT's LoRA with ``use_dora``; otherwise as :func:`lora`."""
-    peft = _import_peft("dora")
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=target_modules,
-        task_type="CAUSAL_LM",
+    return lora_as(
+        "dora",
+        model,
+        lr,
+        rank,
+        alpha,
+        dropout,
+        target_modules,
+        betas,
+        eps,
+        weight_decay,
         use_dora=True,
+        checkpointing=checkpointing,
     )
-    return _adapted("dora", model, config, lr, betas, eps, weight_decay, checkpointing)
 
 
 def ia3(
@@ -91,6 +93,34 @@ def ia3(
     peft = _import_peft("ia3")
     config = peft.IA3Config(target_modules=target_modules, feedforward_modules=feedforward_modules, task_type="CAUSAL_LM")
     return _adapted("ia3", model, config, lr, betas, eps, weight_decay, checkpointing)
+
+
+def lora_as(
+    name: str,
+    model: nn.Module,
+    lr: float,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: Modules,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    *,
+    use_dora: bool = False,
+    checkpointing: bool = False,
+) -> Method:
+    """LoRA for a method called ``name``, which errors name."""
+    peft = _import_peft(name)
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules,
+        task_type="CAUSAL_LM",
+        use_dora=use_dora,
+    )
+    return _adapted(name, model, config, lr, betas, eps, weight_decay, checkpointing)
 
 
 def _import_peft(method: str) -> Any:

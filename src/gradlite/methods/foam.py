@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from gradlite.methods.method import Betas, Epsilon, Method, Rate, linear_weights, trainable
+from gradlite.methods.method import Betas, Epsilon, Method, Rate, linear_weights, without
 from gradlite.methods.projected import Scale
 from gradlite.optim.adam import adam_direction_
 
@@ -43,8 +43,7 @@ def foam(
     parameters has level 2. The linear layers of attention and MLP are folded, everything else is trained by plain AdamW.
     """
     folded = linear_weights(model, target_modules)
-    chosen = {id(weight) for weight in folded}
-    others = [parameter for _, parameter in trainable(model) if id(parameter) not in chosen]
+    others = without(model, folded)
     groups: list[dict[str, Any]] = [{"params": others}, {"params": folded, "level": level, "scale": scale}]
     optimizer = Foam([group for group in groups if group["params"]], lr, betas, eps, weight_decay)
     return Method("foam", model, optimizer, checkpointing=checkpointing)

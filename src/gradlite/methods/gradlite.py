@@ -35,7 +35,7 @@ class GradLite(SubspaceAdamW):
     ... optimizer.zero_grad()
 
     Accumulation, ``clip_grad_norm_(model.parameters(), …)``, schedulers and ``state_dict`` work as with any optimizer. The
-    learning rate is AdamW's: the update in coordinates is scaled by ``√(width/rank)``.
+    learning rate is AdamW's: the update in coordinates is scaled by ``(width/rank)^¼``.
 
     Args:
         model: attached in place (an earlier attachment is replaced).

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradlite.methods.method import Betas, Count, Epsilon, Method, Rate, linear_weights, trainable
+from gradlite.methods.method import Betas, Count, Epsilon, Method, Rate, linear_weights, without
 from gradlite.optim.adam import adam_direction_
 
 
@@ -44,8 +44,7 @@ def ldadam(
     their training script does, everything else is trained by plain AdamW.
     """
     projected = linear_weights(model, target_modules)
-    chosen = {id(weight) for weight in projected}
-    others = [parameter for _, parameter in trainable(model) if id(parameter) not in chosen]
+    others = without(model, projected)
     groups: list[dict[str, Any]] = [{"params": others}, {"params": projected, "rank": rank, "rho": rho}]
     optimizer = LDAdamW([group for group in groups if group["params"]], lr, betas, eps, weight_decay)
     return LDAdam("ldadam", model, optimizer, checkpointing=checkpointing)

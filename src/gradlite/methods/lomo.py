@@ -97,13 +97,14 @@ class Lomo(FusedBackward):
         self.optimizer.step = MethodType(_no_step, self.optimizer)  # the package has none, and a scheduler counts its calls
         self._hooks = [parameter.register_hook(self.optimizer.grad_func) for _, parameter in trainable(model)]
 
-    def _fused_backward(self, loss: Tensor) -> None:
+    def _fused_backward(self, loss: Tensor) -> bool:
         if self.optimizer.clip_grad_norm is not None:
             self.optimizer.grad_norm(loss)
-            if not bool(torch.isfinite(self.optimizer.clip_coef)):
-                self._skip()
-                return
+            coefficient = self.optimizer.clip_coef  # NaN or, of an infinite norm, 0: times an infinite gradient that is NaN
+            if not bool(torch.isfinite(coefficient)) or not bool(coefficient > 0):
+                return False
         self.optimizer.fused_backward(loss, self.optimizer.param_groups[0]["lr"])
+        return True
 
     def step(self) -> None:
         super().step()

@@ -20,9 +20,8 @@ from gradlite.hold.mapped_file import MappedFile
 from gradlite.hold.noise import Noise
 from gradlite.hold.place import HERE
 from gradlite.hold.shelf import Shelf
-from gradlite.methods.adapters import Dropout, Modules, lora
+from gradlite.methods.adapters import Dropout, Modules, lora_as
 from gradlite.methods.method import Betas, Claims, Count, Epsilon, Method, Rate
-from gradlite.methods.packages import hold_back_torchao_lines, require
 
 BlockInputs = Literal["memory", "mapped"]
 Loss = Literal["own", "tiled"]
@@ -48,19 +47,7 @@ def mebp(
         block_inputs: where a block's input waits: in ``memory``, or in a file that is ``mapped`` into it.
         loss: the model's ``own``, whose full logits exist, or ``tiled`` over the vocabulary as MeSP's.
     """
-    hold_back_torchao_lines()  # PEFT imports torchao where it is installed
-    require("peft", "mebp", "peft")
-    adapted = lora(
-        model,
-        lr,
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        target_modules=target_modules,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-    )
+    adapted = lora_as("mebp", model, lr, rank, alpha, dropout, target_modules, betas, eps, weight_decay)
     changed = replay_blocks(adapted.model, block_inputs, loss)
     return CheckpointedBlocks("mebp", adapted.model, adapted.optimizer, adapted.claims, changed)
 

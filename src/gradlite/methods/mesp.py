@@ -11,9 +11,8 @@ from torch import nn
 
 from gradlite.attaching.holding import Hold
 from gradlite.attaching.structured_lora import Base, Inputs, structured_lora, undo_structured_lora
-from gradlite.methods.adapters import Dropout, Modules, lora
+from gradlite.methods.adapters import Dropout, Modules, lora_as
 from gradlite.methods.method import Betas, Count, Epsilon, Method, Rate
-from gradlite.methods.packages import hold_back_torchao_lines, require
 
 
 def mesp(
@@ -34,19 +33,7 @@ def mesp(
     seed: int = 0,
 ) -> Method:
     """Rank to weight decay as ``lora``'s; the others are those of :func:`gradlite.structured_lora`."""
-    hold_back_torchao_lines()  # PEFT imports torchao where it is installed
-    require("peft", "mesp", "peft")
-    adapted = lora(
-        model,
-        lr,
-        rank=rank,
-        alpha=alpha,
-        dropout=dropout,
-        target_modules=target_modules,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-    )
+    adapted = lora_as("mesp", model, lr, rank, alpha, dropout, target_modules, betas, eps, weight_decay)
     structured_lora(adapted.model, hold, base=base, store_h=store_h, inputs=inputs, seed=seed)
     return StructuredLoraMethod("mesp", adapted.model, adapted.optimizer, adapted.claims)
 

@@ -90,7 +90,7 @@ class Method(ABC):  # noqa: B024 - nothing is abstract: the base does the plain 
         if not self.claims.clipping:
             if max_norm > 0:
                 raise GradLiteError(
-                    f"method {self.name!r} cannot clip the gradient, which is gone after backward(): "
+                    f"method {self.name!r} cannot clip the gradient, which is never there as a whole: "
                     f"train with max_norm 0{self.clipping_instead}."
                 )
             return math.nan
@@ -181,15 +181,14 @@ class FusedBackward(Method):
                 "call step() after every backward()."
             )
         self._backwards = 1
-        if bool(loss.detach().isfinite()):
-            self._fused_backward(loss)
+        if bool(loss.detach().isfinite()) and self._fused_backward(loss):
             self.skipped_in_a_row = 0
         else:
             self._skip()
 
     @abstractmethod
-    def _fused_backward(self, loss: Tensor) -> None:
-        """The backward pass of a finite loss, with the update."""
+    def _fused_backward(self, loss: Tensor) -> bool:
+        """The backward pass of a finite loss, with the update; False if it left the weights as they were."""
 
     def step(self) -> None:
         """Nothing is left to do: the next ``backward()`` may come."""
@@ -227,6 +226,12 @@ def param_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict
     vectors = [parameter for parameter in parameters if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def without(model: nn.Module, chosen: Iterable[Tensor]) -> list[nn.Parameter]:
+    """The trainable parameters that are none of ``chosen``."""
+    left_out = {id(weight) for weight in chosen}
+    return [parameter for _, parameter in trainable(model) if id(parameter) not in left_out]
 
 
 def linear_weights(model: nn.Module, target_modules: Sequence[str]) -> list[Tensor]:

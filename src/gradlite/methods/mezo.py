@@ -144,18 +144,21 @@ def _wide_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
-def rebuild(model: nn.Module, log: Tensor, weight_decay: float = 0.0) -> nn.Module:
-    """Makes the weights after training again, in place: ``model`` as it was before, ``log`` as ``method.state_dict()`` has it.
+def rebuild(model: nn.Module, saved: Mapping[str, Any]) -> nn.Module:
+    """Makes the weights after training again, in place, from ``model`` as it was before and
+    ``saved = method.state_dict()["optimizer"]``.
 
-    Bitwise on the same kind of device. Raises GradLiteError if the log belongs to a model with other groups of parameters.
+    Bitwise on the same kind of device. Raises GradLiteError if it belongs to a model with other groups of parameters.
     """
-    groups = param_groups([parameter for _, parameter in trainable(model)], weight_decay)
-    if log.shape[1] != 2 + len(groups):
+    groups = param_groups([parameter for _, parameter in trainable(model)], 0.0)
+    if len(saved["param_groups"]) != len(groups):
         raise GradLiteError(
-            f"the log has learning rates of {log.shape[1] - 2} groups and {type(model).__name__} has {len(groups)}; "
+            f"the log has learning rates of {len(saved['param_groups'])} groups and {type(model).__name__} has {len(groups)}; "
             "give the model that was trained, with the same weights frozen."
         )
-    for row in log.tolist():
+    for group, settings in zip(groups, saved["param_groups"], strict=True):
+        group["weight_decay"] = settings["weight_decay"]
+    for row in saved["log"].tolist():
         _apply(groups, row)
     return model
 
@@ -266,6 +269,7 @@ class MeZOMethod(Method):
     """``backward()`` multiplies the projected gradient by the loss's own derivative: nothing goes through the model."""
 
     optimizer: ZerothOrderSGD
+    clipping_instead = ": the estimate's norm is that of z times the projected gradient, far above the true one"
 
     def __init__(self, name: str, model: nn.Module, optimizer: ZerothOrderSGD, claims: Claims) -> None:
         super().__init__(name, model, optimizer, claims)
@@ -315,6 +319,3 @@ class MeZOMethod(Method):
 
     def _state(self) -> Any:
         return [self.optimizer._rows, self.optimizer.projected]
-
-    def _clipping_instead(self) -> str:
-        return ": the estimate's norm is that of z times the projected gradient, far above the true one"

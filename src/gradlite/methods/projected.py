@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradlite.methods.method import Method, linear_weights, trainable
+from gradlite.methods.method import Method, linear_weights, without
 
 ProjectionSide = Literal["std", "reverse_std", "right", "left"]
 """Which side of a gradient is projected: ``std`` the shorter one, ``reverse_std`` the longer one."""
@@ -27,8 +27,7 @@ def projected_groups(
     As in the authors' scripts, ``weight_decay`` is for all parameters alike.
     """
     projected = linear_weights(model, target_modules)
-    chosen = {id(weight) for weight in projected}
-    others = [parameter for _, parameter in trainable(model) if id(parameter) not in chosen]
+    others = without(model, projected)
     groups = [{"params": others}, {"params": projected, **settings}]
     return [{**group, "weight_decay": weight_decay} for group in groups if group["params"]]
 

@@ -77,9 +77,10 @@ class SteppedInBackward(FusedBackward):
         self.optimizer.step()
         parameter.grad = None
 
-    def _fused_backward(self, loss: Tensor) -> None:
+    def _fused_backward(self, loss: Tensor) -> bool:
         with _unstable_hash_allowed():
             loss.backward()
+        return True
 
     def finish(self) -> nn.Module:
         for hook in self._hooks:

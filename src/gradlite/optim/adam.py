@@ -1,4 +1,4 @@
-"""One AdamW direction, as a pure function, and its scale in a subspace. Source: arXiv 1711.05101; docs/method.md, section 5."""
+"""One AdamW direction, as a pure function, and its scale in a subspace. Source: arXiv 1711.05101; docs/method.md, section 3."""
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ def adam_direction_(
 def subspace_scale(width: int, rank: int) -> float:
     """``s = (n/r)^¼``: what makes AdamW's learning rates those of a basis of rank r in n dimensions; 1 at full rank.
 
-    ``√(n/r)`` would make the update as long as AdamW's. That is too long: what AdamW spreads over n dimensions is mostly noise,
-    which averages out from step to step, and what it does inside the basis is mostly not. Measured in docs/log.md (2026-11-23).
+    ``√(n/r)`` would make the update as long as AdamW's. That is too long: what AdamW spreads over n dimensions is mostly
+    noise, which averages out from step to step, and what it does inside the basis is mostly not. Measured: docs/method.md.
     """
     return float((width / rank) ** 0.25)
