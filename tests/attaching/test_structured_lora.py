@@ -102,6 +102,43 @@ def test_layers_of_another_kind_keep_pefts_code(lora: Any, tokens: Tokens) -> No
     compare(lora(target_modules=["q_proj", "embed_tokens"]), tokens)
 
 
+SMALL: dict[str, dict[str, Any]] = {
+    "gptj": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 32, "rotary_dim": 4, "resid_pdrop": 0.0},
+    "bloom": {"hidden_size": 48, "n_layer": 2, "n_head": 4},
+    "gpt_neo": {"hidden_size": 48, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
+                "max_position_embeddings": 32, "resid_dropout": 0.0, "embed_dropout": 0.0, "attention_dropout": 0.0},
+    "falcon": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "new_decoder_architecture": False},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("inputs", ["every block", "every second"])
+@pytest.mark.parametrize("name", SMALL)
+def test_models_whose_loss_is_their_own_and_whose_blocks_fill_a_cache(name: str, inputs: str, tokens: Tokens) -> None:
+    """A replay must not append keys and values a second time; Falcon adds its residual in place."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    ids = {"vocab_size": int(tokens["input_ids"].max()) + 1, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SMALL[name], **ids))
+    plain = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)).train()
+    structured = gradlite.structured_lora(copy.deepcopy(plain), inputs=inputs)  # type: ignore[arg-type]
+    losses = [model(**tokens).loss for model in (structured, plain)]
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    same_gradients(structured, plain, 1e-5)
+
+
+def test_a_replayed_block_takes_no_filled_cache(lora: Any, tokens: Tokens) -> None:
+    model = gradlite.structured_lora(lora(), hold="recompute")
+    ids = tokens["input_ids"]
+    with torch.no_grad():
+        cache = model.eval()(input_ids=ids, use_cache=True).past_key_values
+    assert cache.get_seq_length() == ids.shape[1]
+    with pytest.raises(GradLiteError, match="without past_key_values"):
+        model.train()(input_ids=ids, labels=ids, past_key_values=cache)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -355,6 +392,21 @@ def test_base_in_four_bits(lora: Any, tokens: Tokens) -> None:
     assert type(rounded.get_base_model().model.layers[0].mlp.gate_proj.base_layer) is nn.Linear
 
 
+def test_four_bit_weights_are_neither_merged_nor_saved(lora: Any, tokens: Tokens, tmp_path: Path) -> None:
+    model = gradlite.structured_lora(lora(), base="int4")
+    with pytest.raises(GradLiteError, match="undo_structured_lora"):
+        model.merge_adapter()
+    with pytest.raises(GradLiteError, match="undo_structured_lora"):
+        model.get_base_model().save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    merged = gradlite.undo_structured_lora(model).merge_and_unload()
+    merged.save_pretrained(tmp_path / "model")
+    loaded = type(merged).from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(loaded(**tokens).loss, merged(**tokens).loss)
+
+
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -386,6 +438,36 @@ def test_refusals(lora: Any, build: Build) -> None:
     refused(model, "gradient_checkpointing_disable")
     with pytest.raises(GradLiteError, match="unknown; choose one of"):
         gradlite.structured_lora(lora(), hold="none")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"base": "int-4"}, "base is 'int-4', but it must be 'as it is' or 'int4'"),
+        ({"inputs": "foo"}, "inputs is 'foo'"),
+        ({"store_h": "no"}, "store_h is 'no'"),
+        ({"seed": "x"}, "seed is 'x'"),
+        ({"inputs": "every second", "hold": "exact"}, "hold='exact' keeps all"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], match: str, lora: Any) -> None:
+    with pytest.raises(GradLiteError, match=match):
+        gradlite.structured_lora(lora(), **options)
+
+
+@pytest.mark.parametrize("rank", [3, 24])
+def test_structured_and_attached_exclude_each_other(rank: int, lora: Any, tokens: Tokens) -> None:
+    plain = lora(r=rank)
+    wanted = backward(copy.deepcopy(plain), tokens)
+    model = gradlite.structured_lora(copy.deepcopy(plain))
+    with pytest.raises(GradLiteError, match="undo_structured_lora"):
+        gradlite.attach(model, rank=2)
+    torch.testing.assert_close(backward(model, tokens), wanted, rtol=1e-5, atol=0)
+    gradlite.undo_structured_lora(model)
+    if rank == 24:  # adapters large enough to be projected
+        gradlite.attach(model, rank=2)
+        with pytest.raises(GradLiteError, match=r"gradlite\.detach"):
+            gradlite.structured_lora(model)
 
 
 def test_trainers_see_that_the_loss_is_tiled(lora: Any, tokens: Tokens) -> None:

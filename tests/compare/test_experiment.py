@@ -41,7 +41,7 @@ def test_a_file_overrides_the_default_and_flags_override_the_file(tmp_path: Path
         ("step: 3", "unknown key 'step' in .*; did you mean 'steps'?"),
         ("steps: 0", "mine.yaml: steps: Input should be greater than or equal to 1"),
         ("methods: []", "methods: List should have at least 1 item"),
-        ("methods: [{label: A, method: x}]", "there are no learning rates for method 'x'"),
+        ("methods: [{label: A, method: x}]", "unknown method 'x'; known are adamw,"),
         ("methods: [{label: A b, method: adamw}, {label: a-B, method: lora}]", "two methods have the label 'A b'"),
         ("held_out_rows: 600\nmethods: [{label: A, method: adamw}]", "held_out_rows is 600, more than"),
         ("held_out_rows: 0\nmethods: [{label: A, method: adamw}]", "several learning rates need held_out_rows"),

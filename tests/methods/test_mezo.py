@@ -169,3 +169,17 @@ def test_refusals_and_finish() -> None:
     method = build(model)
     with pytest.raises(GradLiteError, match=r"cannot perturb 'lonely\.weight'"):
         method.backward(loss_of(method))
+
+
+def test_a_step_takes_its_own_gradient_alone() -> None:
+    """Transformers' Trainer clears the gradients of the model's parameters, and the projected one is not among them."""
+    logs = []
+    for clears in (True, False):
+        method = build(llama())
+        for _ in range(3):
+            method.backward(loss_of(method))
+            method.step()
+            if clears:
+                method.zero_grad()
+        logs.append(method.state_dict()["optimizer"]["log"])
+    assert torch.equal(*logs)

@@ -19,8 +19,11 @@ def test_files_directories_and_lines_give_the_same_records(record: Make, write_r
     folder = write_records(*records)
     lines = tmp_path / "all.jsonl"
     lines.write_text("\n".join(one.model_dump_json() for one in records) + "\n\n")
-    several = sorted(folder.iterdir())
-    for paths in ([folder], [lines], several):
+    comparison = tmp_path / "comparison"  # as `gradlite compare` leaves it
+    comparison.mkdir()
+    folder.rename(comparison / "records")
+    several = sorted((comparison / "records").iterdir())
+    for paths in ([comparison], [comparison / "records"], [lines], several):
         found = read(paths)
         assert isinstance(found, Records)
         assert found.records == records

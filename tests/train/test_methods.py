@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ldadam": {"lr": 2e-3, "accumulation": 2},
     "badam": {"lr": 5e-3, "method_options": {"switch_block_every": 2}},
     "lora": {"lr": 2e-2, "method_options": {"dropout": 0.1}},
+    "mezo": {"lr": 2e-3, "max_steps": 40},
 }
 
 
@@ -57,7 +58,9 @@ def test_a_run_trains_and_resumes_to_the_same_model(train: Train, monkeypatch: p
     assert record["method"] == method
     assert set(record["state_bytes"]) == {"optimizer", "gradients"}
     assert f"trained by {method}" in whole.shown
-    assert ("  gradient " in whole.shown) == (method not in ("lomo", "adamw8bit"))  # no gradient outlives their backward pass
+    assert ("  gradient " in whole.shown) == (
+        method not in ("lomo", "adamw8bit", "mezo")
+    )  # no gradient outlives their backward pass
     assert "nan" not in whole.shown
     card = (whole.path / "README.md").read_text()
     assert f"the method `{method}`" in card

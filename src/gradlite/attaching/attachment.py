@@ -16,7 +16,7 @@ from gradlite.attaching.names import RESIDUAL_NORM
 from gradlite.attaching.operators import Operators, give_back, recognise, take_over
 from gradlite.attaching.patterns import matches, names_by_parameter
 from gradlite.attaching.rank import layer_rank, warn_if_clipped
-from gradlite.attaching.twins import become_itself, become_twin, can_become_twin
+from gradlite.attaching.twins import become_itself, become_twin, can_become_twin, refuse_twins
 from gradlite.errors import GradLiteError
 from gradlite.ops.factors import LookupFactors
 from gradlite.subspace.collector import BasisKind, Collector, Coordinates, Window
@@ -102,6 +102,7 @@ def attach(
     exclude = [exclude] if isinstance(exclude, str) else exclude
     model = unwrapped(model)
     detach(model)
+    refuse_twins(model)
     names = names_by_parameter(model)
     owners = _owners(model)
     _check_patterns([*(include or ()), *(exclude or ())], list(names.values()))

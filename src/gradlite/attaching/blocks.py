@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from gradlite.errors import GradLiteError
 from gradlite.hold.codec import Codec
 from gradlite.hold.holder import Holder
 from gradlite.ops.random_state import random_state, restored
@@ -113,22 +114,38 @@ def _first(result: Any) -> Tensor:
     return first
 
 
+def _without_cache(block: nn.Module, argument: Any) -> Any:
+    """None in the place of an empty cache. Raises GradLiteError for one with keys and values of earlier tokens."""
+    from transformers.cache_utils import Cache
+
+    if not isinstance(argument, Cache):
+        return argument
+    layers = (getattr(part, "layer_idx", None) for part in block.modules())
+    if int(argument.get_seq_length(next((layer for layer in layers if isinstance(layer, int)), 0))):
+        raise GradLiteError(
+            "a block that is computed again in backward cannot read keys and values of earlier tokens; "
+            "train without past_key_values, or with hold='exact'."
+        )
+    return None
+
+
 def replayed(
     block: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], holder: Holder, chain: Chain | None = None
 ) -> Any:
     """Runs ``block(*arguments, **keywords)``, keeping its first tensor as ``holder`` does and nothing else.
 
     Through torch's non-reentrant checkpointing, so that random state is kept, hooks run, and the replay ends as soon as all
-    that backward needs exists. Keys and values are not collected meanwhile. With a ``chain``, nothing is kept where the block
-    before this one can make the tensor anew.
+    that backward needs exists. Keys and values are not collected meanwhile: the replay would append them a second time. With a
+    ``chain``, nothing is kept where the block before this one can make the tensor anew.
     """
     if not arguments and "hidden_states" not in keywords:
         return block(*arguments, **keywords)
     hidden = arguments[0] if arguments else keywords["hidden_states"]
     keywords = {key: value for key, value in keywords.items() if key != "hidden_states" or arguments}
-    for key, off in (("past_key_values", None), ("use_cache", False)):
-        if key in keywords:
-            keywords[key] = off
+    arguments = tuple(_without_cache(block.__self__, argument) for argument in arguments)
+    keywords = {key: _without_cache(block.__self__, value) for key, value in keywords.items()}
+    if "use_cache" in keywords:
+        keywords["use_cache"] = False
     source = chain.kept if chain is not None and chain.kept is not None and chain.kept.made(hidden) else None
     boundary = _Boundary(hidden, holder, source)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradlite.attaching.recognise import GatedLayout, gated_forward
+from gradlite.errors import GradLiteError
 from gradlite.hold.compiled import kernel
 from gradlite.hold.holder import Holder
 from gradlite.ops.frozen_weight import DenseWeight, FourBitWeight, FrozenWeight, four_bit_codes, frozen_linear
@@ -110,6 +111,14 @@ class TwinFourBitLinear(nn.Module):
 
     bias: Tensor | None
 
+    @property
+    def weight(self) -> Tensor:
+        """Asked for by PEFT where it merges the adapter."""
+        raise GradLiteError(
+            "this layer's weight is in four bits (structured_lora's base='int4'); "
+            "call gradlite.undo_structured_lora(peft_model) first, which gives it back, rounded."
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         """As ``nn.Linear.forward``."""
         return frozen_linear(x, frozen_weight(self), self.bias)
@@ -137,4 +146,4 @@ def give_weight_back(linear: nn.Module, dtype: torch.dtype) -> None:
     dense_MN = weight.rows(slice(None), dtype)
     for name in (_CODES, _SCALES):
         delattr(linear, name)
-    linear.register_parameter("weight", nn.Parameter(dense_MN, requires_grad=False))
+    linear._parameters["weight"] = nn.Parameter(dense_MN, requires_grad=False)  # register_parameter would look at the twin's

@@ -4,7 +4,7 @@ The body of the model is frozen, so a linear layer's backward pass needs its inp
 input is something that a norm, the attention or the MLP holds anyway. Source: MeSP, arXiv 2602.13069.
 """
 
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from gradlite.attaching.holding import Hold, HoldPlan
 from gradlite.attaching.lora_twins import give_weight_back, keep_in_four_bits
 from gradlite.attaching.names import CHAIN
 from gradlite.attaching.operators import Operator, Operators, give_back, recognise, take_over
-from gradlite.attaching.twins import become_itself, become_recognised
+from gradlite.attaching.twins import become_itself, become_recognised, refuse_twins
 from gradlite.errors import GradLiteError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -49,7 +49,8 @@ def structured_lora(
 ) -> Model:
     """Gives a PEFT LoRA model backward passes that keep little, in place; returns it. Gradients equal PEFT's.
 
-    Names, parameters, ``state_dict()`` and what PEFT saves are untouched; called again, it replaces its earlier work. At any
+    Names, parameters, ``state_dict()`` and what PEFT saves are untouched (but for frozen weights in four bits, which become
+    codes); called again, it replaces its earlier work. At any
     time at most one block's intermediates live: a block is replayed from its input, its MLP a few tokens at a time (all at once
     where the adapter drops out, so that the random numbers are PEFT's). The loss comes in tiles of the vocabulary, as from
     :func:`gradlite.attach`: with ``labels`` the result has no logits. Layers with another kind of adapter keep PEFT's own code.
@@ -67,10 +68,13 @@ def structured_lora(
         GradLiteError: no PEFT model, another tuner, merged or several adapters, trainable base weights, variants of LoRA
             with other formulas.
     """
+    plan = HoldPlan(hold)
+    _check_options(base, store_h, inputs, hold, seed)
     model, name = _checked(peft_model)
     undo_structured_lora(peft_model)
+    refuse_twins(peft_model)
     layers = _lora_layers(model, name)
-    operators = Operators(HoldPlan(hold), seed)
+    operators = Operators(plan, seed)
     _recognise(model, operators)
     operators.plan.check_used([each for each, _ in layers], [block for block, _ in named_blocks(model)])
     structured = StructuredLora(operators)
@@ -85,6 +89,7 @@ def structured_lora(
         structured.layers.append(layer)
     if base == "int4":
         _keep_bases_in_four_bits(model, structured)
+        object.__setattr__(model, "save_pretrained", _refuse_to_save)
     for module in {id(one): one for one in (peft_model, model)}.values():  # PEFT calls the inner one's forward, not the module
         structured.hooks.append(module.register_forward_hook(_clear_shelf, always_call=True))
         object.__setattr__(module, _ATTRIBUTE, structured)
@@ -105,6 +110,7 @@ def undo_structured_lora(peft_model: Model) -> Model:
     for linear, dtype in structured.four_bit:
         give_weight_back(linear, dtype)
         become_itself(linear)
+    model.__dict__.pop("save_pretrained", None)
     for layer in structured.layers:
         become_itself(layer)
     give_back(model, structured.operators)
@@ -112,6 +118,26 @@ def undo_structured_lora(peft_model: Model) -> Model:
         if _ATTRIBUTE in module.__dict__:
             object.__delattr__(module, _ATTRIBUTE)
     return peft_model
+
+
+def _check_options(base: object, store_h: object, inputs: object, hold: Hold, seed: object) -> None:
+    choices = {"base": (base, get_args(Base)), "inputs": (inputs, get_args(Inputs)), "store_h": (store_h, (True, False))}
+    for option, (value, known) in choices.items():
+        if value not in known:
+            raise GradLiteError(f"structured_lora's {option} is {value!r}, but it must be {' or '.join(map(repr, known))}.")
+    if not isinstance(seed, int):
+        raise GradLiteError(f"structured_lora's seed is {seed!r}, but it must be a whole number.")
+    if inputs == "every second" and isinstance(hold, str) and not hold.startswith("recompute"):
+        raise GradLiteError(
+            f"inputs='every second' is for blocks that are computed again, and hold={hold!r} keeps all; leave one out."
+        )
+
+
+def _refuse_to_save(*_arguments: Any, **_keywords: Any) -> None:
+    raise GradLiteError(
+        "the model's weights are in four bits (structured_lora's base='int4'); "
+        "call gradlite.undo_structured_lora(peft_model) before saving the model itself. The adapter is saved by the PEFT model."
+    )
 
 
 def _clear_shelf(model: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> None:

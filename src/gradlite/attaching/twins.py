@@ -21,6 +21,7 @@ from gradlite.attaching.causal_lm import forward_with_loss
 from gradlite.attaching.lora_twins import TwinFourBitLinear, TwinLoraLinear, TwinTiledMLP
 from gradlite.attaching.names import CHAIN, COORDINATES, RESIDUAL_NORM
 from gradlite.attaching.recognise import GatedLayout, gated_forward
+from gradlite.errors import GradLiteError
 from gradlite.hold.holder import Holder
 from gradlite.ops.activation import ActivationKind, activation
 from gradlite.ops.embedding import subspace_embedding
@@ -244,3 +245,13 @@ def become_itself(module: nn.Module) -> None:
     own: type[nn.Module] | None = getattr(module, "gradlite_own_class", None)
     if own is not None:
         module.__class__ = own
+
+
+def refuse_twins(model: nn.Module) -> None:
+    """Raises GradLiteError where a part of the model is a twin already: a class stands before a module's own only once."""
+    name = next((name for name, module in model.named_modules() if hasattr(type(module), "gradlite_own_class")), None)
+    if name is not None:
+        raise GradLiteError(
+            f"{name or 'the model'} has been changed by gradlite.attach or gradlite.structured_lora already; "
+            "call gradlite.detach or gradlite.undo_structured_lora on the model that was given there."
+        )

@@ -1,6 +1,5 @@
 """`gradlite compare`: a preset or an experiment file, and flags that override it → one record a run, tables and figures."""
 
-import difflib
 import shlex
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from gradlite.compare.experiment import Experiment, choose_experiments, load_experiment, restrict
 from gradlite.errors import GradLiteError
+from gradlite.methods import unknown
 
 _WORK = "Work"
 _DEFAULT_PRESET = "paper-small"
@@ -114,13 +114,10 @@ def _run(chosen: list[Experiment], directory: Path, console: Console, retry_fail
 
 def _check_methods(chosen: list[Experiment]) -> None:
     """An unknown name is told at once, not as a failed run of each table."""
-    from gradlite.methods import names
-
     for name in (entry.method for experiment in chosen for entry in experiment.methods):
-        if name not in names():
-            near = difflib.get_close_matches(name.lower(), names(), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names())}."
-            raise GradLiteError(f"unknown method {name!r}; {hint}")
+        wrong = unknown(name)
+        if wrong is not None:
+            raise GradLiteError(wrong)
 
 
 def _numbers(flag: str, text: str | None, kind: Callable[[str], Any]) -> list[Any] | None:

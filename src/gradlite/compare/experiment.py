@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from gradlite.errors import GradLiteError
+from gradlite.methods import unknown
 from gradlite.train.yaml_file import read_mapping
 
 _FOLDER = Path(str(files("gradlite.compare") / "experiments"))
@@ -90,6 +91,9 @@ class Experiment(_Part):
 
     def rates_of(self, entry: MethodEntry) -> list[float]:
         """The learning rates that the first seed runs."""
+        wrong = unknown(entry.method)
+        if wrong is not None:
+            raise ValueError(wrong.rstrip(".?"))  # whoever tells it ends the sentence
         found = self.learning_rates or entry.learning_rates or self.rates.get(entry.method)
         if not found:
             raise ValueError(f"there are no learning rates for method {entry.method!r}; give learning_rates")

@@ -48,6 +48,11 @@ def names() -> tuple[str, ...]:
     return tuple(_HOME)
 
 
+def unknown(name: str) -> str | None:
+    """A sentence where there is no such method."""
+    return None if name in _HOME else f"unknown method {name!r}; {_nearest(name, names())}"
+
+
 def build(name: str, model: "nn.Module", *, lr: float, **options: Any) -> "Method":
     """The method called ``name`` over ``model``, which it may change in place (attach, wrap, checkpoint).
 
@@ -57,8 +62,9 @@ def build(name: str, model: "nn.Module", *, lr: float, **options: Any) -> "Metho
     Raises:
         GradLiteError: an unknown name or option (the nearest is named), a value that is not accepted, a missing package.
     """
-    if name not in _HOME:
-        raise GradLiteError(f"unknown method {name!r}; {_nearest(name, names())}")
+    wrong = unknown(name)
+    if wrong is not None:
+        raise GradLiteError(wrong)
     factory: Callable[..., Method] = getattr(import_module(f"gradlite.methods.{_HOME[name]}"), name.replace("-", "_"))
     parameters = inspect.signature(factory).parameters
     known = [key for key in parameters if key not in ("model", "lr", "options")]

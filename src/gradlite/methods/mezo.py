@@ -306,6 +306,7 @@ class MeZOMethod(Method):
             self.skipped_in_a_row = 0
         else:
             self._skip()
+        self.optimizer.projected.grad = None  # here too: the Trainer clears the model's gradients, and this is not one of them
 
     def zero_grad(self) -> None:
         super().zero_grad()

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from gradlite.errors import GradLiteError
 from gradlite.hold.codec import INT4
 from gradlite.hold.compiled import kernel
+from gradlite.ops.rows import in_shape_of
 
 TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 """Decoded weights that exist at a time."""
@@ -118,8 +119,7 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias_M: Tensor | None, weight: FrozenWeight) -> Tensor:
         ctx.weight = weight
-        y_TM = weight.times(x.reshape(-1, x.shape[-1]), bias_M)
-        return y_TM.view(*x.shape[:-1], y_TM.shape[1])
+        return in_shape_of(x, weight.times(x.reshape(-1, x.shape[-1]), bias_M))
 
     @staticmethod
     @once_differentiable

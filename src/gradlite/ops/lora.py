@@ -26,6 +26,7 @@ from gradlite.ops.keep import Keep, Kept
 from gradlite.ops.linear import linear_bytes
 from gradlite.ops.precision import wide
 from gradlite.ops.random_state import random_state, random_state_bytes, restored
+from gradlite.ops.rows import in_shape_of
 
 _NORM_ELEMENTS = 1 << 19
 
@@ -94,7 +95,7 @@ class _Lora(torch.autograd.Function):
         x_TN = x.reshape(-1, x.shape[-1])
         if h_TR is None:
             h_TR = _h(x_TN, a_RN, kind)
-        return _value(x_TN, h_TR, weight, bias_M, b_MR, scale_M, kind).view(*x.shape[:-1], len(b_MR))
+        return in_shape_of(x, _value(x_TN, h_TR, weight, bias_M, b_MR, scale_M, kind))
 
     @staticmethod
     @once_differentiable

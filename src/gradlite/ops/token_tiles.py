@@ -19,6 +19,7 @@ from gradlite.hold.holder import Holder
 from gradlite.ops.keep import Keep, Kept
 from gradlite.ops.precision import wide
 from gradlite.ops.random_state import random_state, restored
+from gradlite.ops.rows import in_shape_of
 
 TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Of one tile, in the part's widest tensors."""
@@ -60,14 +61,14 @@ class _Tiles(torch.autograd.Function):
         tiles = x_TN.split(step)
         if len(tiles) == 1:
             y_TN = part.value(x_TN)
-            return y_TN.view(*x.shape[:-1], y_TN.shape[1])
+            return in_shape_of(x, y_TN)
         y_TN = torch.empty(0)
         for place, x_tN in enumerate(tiles):
             y_tN = part.value(x_tN)
             if place == 0:
                 y_TN = y_tN.new_empty(len(x_TN), y_tN.shape[1])
             y_TN[place * step : place * step + len(x_tN)] = y_tN
-        return y_TN.view(*x.shape[:-1], y_TN.shape[1])
+        return in_shape_of(x, y_TN)
 
     @staticmethod
     @once_differentiable

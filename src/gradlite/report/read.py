@@ -12,6 +12,7 @@ from gradlite.compare.record import Record
 from gradlite.errors import GradLiteError
 from gradlite.train.yaml_file import read_mapping
 
+_RECORDS = "records"  # in the directory of a comparison
 _RUN, _CONFIG, _METRICS = "run.json", "config.yaml", "metrics.jsonl"  # as gradlite.train.directory names them
 
 
@@ -57,7 +58,7 @@ def read(paths: Sequence[Path]) -> Records | TrainedRun:
         return _read_run(runs[0])
     records: list[Record] = []
     left_out: list[str] = []
-    for path in paths:
+    for path in (path / _RECORDS if (path / _RECORDS).is_dir() else path for path in paths):
         files = sorted(file for file in path.iterdir() if file.suffix in (".json", ".jsonl")) if path.is_dir() else [path]
         for file in files:
             entries = _entries(file)
