@@ -29,7 +29,7 @@ SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(token_tiles.TILE_ELEMENTS, "cpu", 7 * 48)
+    monkeypatch.setitem(token_tiles.TILE_TOKENS, "cpu", 7)
 
 
 @pytest.fixture
@@ -487,7 +487,7 @@ def test_whole_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """SmolLM2-135M itself; Qwen2.5-0.5B's shape with random weights. One model: PEFT's gradients first, then the structured."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    monkeypatch.setitem(token_tiles.TILE_ELEMENTS, "cpu", 1 << 18)
+    monkeypatch.setitem(token_tiles.TILE_TOKENS, "cpu", 128)
 
     torch.manual_seed(0)
     if name == "smollm2":

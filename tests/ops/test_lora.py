@@ -191,13 +191,13 @@ def mlp(x: Tensor, weights: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("tile", [1, 4, 100])
 def test_token_tiles(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(token_tiles.TILE_ELEMENTS, "cpu", tile * 9)
+    monkeypatch.setitem(token_tiles.TILE_TOKENS, "cpu", tile)
     torch.manual_seed(0)
     weights = [torch.randn(9, N, dtype=torch.float64, requires_grad=True), torch.randn(N, 9, dtype=torch.float64)]
     x = torch.randn(2, 5, N, dtype=torch.float64, requires_grad=True)
 
     def function(x: Tensor, weight: Tensor) -> Tensor:
-        part = TokenWise(lambda x: mlp(x, weights), lambda x: mlp(x, weights), [weight], 9)
+        part = TokenWise(lambda x: mlp(x, weights), lambda x: mlp(x, weights), [weight])
         return tiled_over_tokens(x, part, holder())
 
     assert torch.autograd.gradcheck(function, (x, weights[0]))
@@ -213,11 +213,11 @@ def test_token_tiles_repeat_random_numbers() -> None:
         return F.dropout(F.linear(x, weight), 0.5)
 
     grads = []
-    for function in (dropped, lambda x: tiled_over_tokens(x, TokenWise(dropped, dropped, [weight], N, True), holder())):
+    for function in (dropped, lambda x: tiled_over_tokens(x, TokenWise(dropped, dropped, [weight], True), holder())):
         torch.manual_seed(0)
         grads.append(torch.autograd.grad(function(x).square().sum(), [x, weight]))
     torch.testing.assert_close(*grads)
-    assert tile_tokens(1000, TokenWise(dropped, dropped, [], 1 << 30, True), "cpu") == 1000
+    assert tile_tokens(1000, TokenWise(dropped, dropped, [], True), "cpu") == 1000
 
 
 # ---- a whole block --------------------------------------------------------------------------------------------------
@@ -258,7 +258,6 @@ class Block(nn.Module):
             lambda y: self.mlp(y, one, lambda gate, up: gated_value("silu", gate, up)),
             lambda y: self.mlp(y, one, lambda gate, up: gated(gate, up, "silu", one)),
             [p for name, p in self.named_parameters() if name.startswith(("gate", "up", "down"))],
-            self.HIDDEN,
         )
         return x + tiled_over_tokens(norm(x, scales[1], None, NormKind(1e-6), one), part, one)
 
@@ -271,7 +270,7 @@ def rotated(x: Tensor) -> Tensor:
 
 
 def test_a_whole_block_by_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(token_tiles.TILE_ELEMENTS, "cpu", 3 * Block.HIDDEN)
+    monkeypatch.setitem(token_tiles.TILE_TOKENS, "cpu", 3)
     torch.manual_seed(0)
     block = Block()
     x = torch.randn(2, 4, Block.WIDTH).double().requires_grad_()

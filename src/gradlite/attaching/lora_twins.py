@@ -87,7 +87,6 @@ class TwinTiledMLP(nn.Module):
         (x,) = (*arguments, *keywords.values())
         layout, down = self.gradlite_kind, getattr(self, self.gradlite_kind.down)
         is_random = any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in self.modules())
-        width = max(max(part.in_features, part.out_features) for part in self.modules() if isinstance(part, nn.Linear))
 
         def value(x_tN: Tensor) -> Tensor:
             with torch.no_grad():
@@ -103,7 +102,7 @@ class TwinTiledMLP(nn.Module):
                 return gated_forward(self, layout, x_tN, product)
 
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return tiled_over_tokens(x, TokenWise(value, replay, parameters, width, is_random), self.gradlite_holder)
+        return tiled_over_tokens(x, TokenWise(value, replay, parameters, is_random), self.gradlite_holder)
 
 
 class TwinFourBitLinear(nn.Module):
