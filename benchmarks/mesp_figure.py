@@ -42,7 +42,7 @@ def draw(records: Sequence[dict[str, Any]], out: Path) -> None:
         memory.bar_label(bars, [f"{height:.0f}" if height else "" for height in heights], fontsize=6)
     memory.set_yscale("log")
     memory.set_ylabel("peak above the weights (MB)")
-    memory.legend(ncols=4, fontsize=8)
+    memory.legend(ncols=6, fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False)
     for reference, name in REFERENCES.items():
         pairs = [(place, ratio(by_cell, cell, reference)) for place, cell in enumerate(cells)]
         known = [(place, value) for place, value in pairs if value is not None]
