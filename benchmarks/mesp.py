@@ -5,9 +5,9 @@
 
 Batch 1, bfloat16, rank 8 on the seven projections with adapters in bfloat16, tied head. Every method is a process of its own
 and one JSON line a shape and length; those of one shape and length are there at the same time and take turns, step by step.
-Peaks are sums of live tensors, from the profiler's allocation events, which count memory-mapped files too. ``peak``: forward and
-backward of a whole step. ``body_peak``: the same without the vocabulary head (its gradient is given). ``head_peak``: the head
-and its loss alone, from given hidden states. ``waiting``: what the body holds between forward and backward. ``base``: the
+Peaks are sums of live tensors, from the profiler's allocation events, which count memory-mapped files too. ``peak``: forward
+and backward of a whole step. ``body_peak``: the same without the vocabulary head (its gradient is given). ``head_peak``: the
+head and its loss alone, from given hidden states. ``waiting``: what the body holds between forward and backward. ``base``: the
 frozen weights. The ladder: eager; checkpointed (MeBP) with Hugging Face's own loss, with the tiled one, and with block inputs
 in mapped files; structured storing h; structured (MeSP), and with every second block's input, or all in mapped files.
 """
