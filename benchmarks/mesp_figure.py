@@ -23,7 +23,6 @@ NAMES = {
     "mesp-storing-h": "structured, storing h",
     "mesp": "MeSP",
     "mesp-every-second": "MeSP, every second input",
-    "mesp-mapped": "MeSP, inputs mapped",
 }
 REFERENCES = {"mebp": "MeBP", "mebp-tiled": "MeBP, tiled head"}
 

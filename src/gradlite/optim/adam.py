@@ -20,7 +20,7 @@ def adam_direction_(
 def subspace_scale(width: int, rank: int) -> float:
     """``s = (n/r)^¼``: what makes AdamW's learning rates those of a basis of rank r in n dimensions; 1 at full rank.
 
-    ``√(n/r)`` would make the update as long as AdamW's. That is too long: what AdamW spreads over n dimensions is mostly
-    noise, which averages out from step to step, and what it does inside the basis is mostly not. Measured: docs/method.md.
+    ``√(n/r)`` would make the update as long as AdamW's, which was measured to be too long: docs/method.md, section 3. At
+    ``(n/r)^¼`` the best rates of both methods agree within a factor of 1.4 on two data sets, by parabolas through the sweeps.
     """
     return float((width / rank) ** 0.25)
