@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from gradlite.compare import runner as runner_module
+from gradlite.compare.dry_run import show_runs
 from gradlite.compare.experiment import Experiment, load_experiment
 from gradlite.compare.record import HeldOut, Record, read_records, write_record
 from gradlite.compare.runner import Runner
@@ -182,3 +183,21 @@ def test_sweeps_are_checked_before_anything_runs(tmp_path: Path, model_dir: Path
     with pytest.raises(GradLiteError, match="is no whole record"):
         make_runner(tmp_path).run([work])
     assert only.runs == []
+
+
+def test_a_dry_run_lists_what_is_due_and_does_nothing(model_dir: Path, sums: Path, tmp_path: Path) -> None:
+    work = experiment(model_dir, sums)
+    done, failed = sweep(work)
+    write_record(tmp_path / "records", done.record("ok", held_out=[HeldOut(step=2, loss=1.0, seconds=1.0)]))
+    write_record(tmp_path / "records", failed.record("failed", "no luck"))
+    before = sorted(tmp_path.rglob("*"))
+    shown = {}
+    for retry in (False, True):
+        screen = io.StringIO()
+        show_runs([work], tmp_path, Console(file=screen, width=200), retry)
+        shown[retry] = screen.getvalue()
+    assert done.run not in shown[True]
+    assert f"{failed.run} " not in shown[False]
+    assert f"{failed.run} " in shown[True]
+    assert "adamw-lr0.001-seed1" in shown[False]
+    assert sorted(tmp_path.rglob("*")) == before

@@ -70,6 +70,17 @@ def test_a_record_tells_how_much_of_the_gradient_the_bases_hold(make_spec: MakeS
     assert work(make_spec(method="adamw", steps=10), "gradlite compare").energy is None
 
 
+def test_weights_that_a_method_shrinks_are_no_saving_above_them(make_spec: MakeSpec) -> None:
+    plain, coded = (work(make_spec(method="mesp", options={"base": base}, steps=6), "").memory for base in ("as it is", "int4"))
+    assert plain is not None
+    assert coded is not None
+    for memory in (plain, coded):
+        assert memory.by_category_bytes is not None
+    assert coded.by_category_bytes.weights < 0.8 * plain.by_category_bytes.weights  # type: ignore[union-attr]
+    beside = coded.peak_bytes - coded.by_category_bytes.weights  # type: ignore[union-attr]
+    assert coded.peak_above_weights_bytes == beside
+
+
 def test_the_same_seed_gives_the_same_losses(make_spec: MakeSpec) -> None:
     first, second = (work(make_spec(steps=3), "").curve.train_loss for _ in range(2))
     assert first == second
