@@ -148,11 +148,28 @@ def test_records_of_other_work_are_refused(tmp_path: Path, model_dir: Path, sums
 def test_the_count_of_runs_covers_all_experiments(tmp_path: Path, model_dir: Path, sums: Path, workers: Install) -> None:
     workers(good)
     first = experiment(model_dir, sums)
-    second = experiment(model_dir, sums, name="other", seeds=[0])
+    second = experiment(model_dir, sums, name="other", seeds=[0], steps=3)
     screen = io.StringIO()
     make_runner(tmp_path, screen).run([first, second])
     shown = [line.split("  ")[0] for line in screen.getvalue().splitlines()]
     assert shown == [f"run {number} of 6" for number in range(1, 7) for _ in range(2)]
+
+
+def test_work_that_another_experiment_has_done_is_not_done_again(
+    tmp_path: Path, model_dir: Path, sums: Path, workers: Install
+) -> None:
+    workers(good)
+    done = make_runner(tmp_path).run([experiment(model_dir, sums)])
+    same = {"label": "defaults", "method": "gradlite"}
+    other = {"label": "rank 8", "method": "gradlite", "options": {"rank": 8}}
+    second = experiment(model_dir, sums, name="other", methods=[same, other], baselines=["defaults"])
+    again = workers(good)
+    records = make_runner(tmp_path).run([second])
+    assert again.runs == [record.run for record in records if record.label == "rank 8"]
+    taken = next(record for record in records if record.label == "defaults")
+    names = {"experiment": "other", "run": "other-defaults-lr0.001-seed0", "label": "defaults"}
+    assert taken == next(record for record in done if record.label == "GradLite").model_copy(update=names)
+    assert taken in read_records(tmp_path / "records")
 
 
 def test_an_interrupted_worker_is_ended(make_spec: MakeSpec, tmp_path: Path) -> None:

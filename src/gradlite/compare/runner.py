@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rich.live import Live
 from rich.text import Text
 
 from gradlite.compare.experiment import Experiment
-from gradlite.compare.record import Record, read_record, write_record
+from gradlite.compare.record import Record, read_record, read_records, write_record
 from gradlite.compare.runs import BAD_INPUT, STEP, RunSpec, further_seeds, num_runs, sweep
 from gradlite.errors import GradLiteError
 from gradlite.train.words import in_bytes, in_time
@@ -57,10 +58,10 @@ class Runner:
                 self.found(spec)
 
     def found(self, spec: RunSpec) -> Record | None:
-        """The record of a run that needs not be done again."""
+        """The record of a run that needs not be done (again): its own, or one that another experiment made of the same work."""
         path = self.records_dir / f"{spec.run}.json"
         if not path.exists():
-            return None
+            return self._found_elsewhere(spec)
         record = read_record(path)
         key = spec.differs_from(record)
         if key is not None:
@@ -68,6 +69,16 @@ class Runner:
                 f"{path} is the record of other work (its {key} differs); choose another --output-dir, or delete it."
             )
         return None if self._retry_failed and record.status != "ok" else record
+
+    def _found_elsewhere(self, spec: RunSpec) -> Record | None:
+        """Only of other experiments: rows of one experiment that do the same were asked for twice."""
+        seen = [*self._there_before, *self._records.values()]
+        others = (record for record in seen if record.experiment != spec.experiment and record.status == "ok")
+        return next((named for record in others if (named := spec.named_here(record)) is not None), None)
+
+    @cached_property
+    def _there_before(self) -> list[Record]:
+        return read_records(self.records_dir) if any(self.records_dir.glob("*.json")) else []
 
     def run(self, experiments: Sequence[Experiment]) -> list[Record]:
         """All records, in the order of the runs. A run that fails is a record with its reason, and the next one begins."""
@@ -97,6 +108,8 @@ class Runner:
             )
             self._seconds.setdefault(experiment.name, []).append(time.perf_counter() - began)
             show(Text.assemble(f"{heading}  ", _outcome(record)), False)
+        elif not (self.records_dir / f"{record.run}.json").exists():
+            write_record(self.records_dir, record)
         self._records[record.run] = record
         self._on_record(list(self._records.values()))
 

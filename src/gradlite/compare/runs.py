@@ -16,6 +16,10 @@ BAD_INPUT = 2
 """A worker's exit code where model or data cannot be had, so that no run can be done; its last line says why."""
 
 
+_NAMES = frozenset({"experiment", "run", "label"})
+"""What a run is called, as against what it does."""
+
+
 class RunSpec(BaseModel):
     """All that a worker needs to know of its run."""
 
@@ -51,15 +55,22 @@ class RunSpec(BaseModel):
         return Record.model_validate({**own, "status": status, "reason": reason, **measured})
 
     def differs_from(self, record: Record) -> str | None:
-        """The first key in which a record of the same name belongs to other work, or None.
+        """The first key in which a record of the same name belongs to other work, or None."""
+        return next(iter(self._differences(record)), None)
 
-        A key that the record does not have (older ones lack four) says nothing.
-        """
+    def named_here(self, record: Record) -> Record | None:
+        """Another experiment's record of the very same work, under this run's names; None where anything but names differs."""
+        if set(self._differences(record)) - _NAMES:
+            return None
+        return record.model_copy(update={name: getattr(self, name) for name in _NAMES})
+
+    def _differences(self, record: Record) -> list[str]:
+        """A key that the record does not have (older ones lack four) says nothing."""
         mine = self.record("ok")
-        keys = [key for key in RunSpec.model_fields if key != "options"]
-        wrong = [key for key in keys if getattr(record, key) not in (None, getattr(mine, key))]
+        same = {key: {None, getattr(mine, key)} for key in RunSpec.model_fields if key != "options"}
+        keys = [key for key, values in same.items() if getattr(record, key) not in values]
         own_options = {key: value for key, value in record.options.items() if key != "max_grad_norm"}
-        return next(iter(wrong), "options" if own_options != self.options else None)
+        return keys if own_options == self.options else [*keys, "options"]
 
 
 def public_name(source: str) -> str:
