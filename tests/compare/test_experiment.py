@@ -44,6 +44,9 @@ def test_a_file_overrides_the_default_and_flags_override_the_file(tmp_path: Path
         ("methods: [{label: A, method: x}]", "unknown method 'x'; known are adamw,"),
         ("methods: [{label: A b, method: adamw}, {label: a-B, method: lora}]", "two methods have the label 'A b'"),
         ("held_out_rows: 600\nmethods: [{label: A, method: adamw}]", "held_out_rows is 600, more than"),
+        ("baselines: [B]\nmethods: [{label: A, method: adamw}]", "baselines names 'B', but no method has that label"),
+        ("seeds: [0, 1, 0]\nmethods: [{label: A, method: adamw}]", "mine.yaml: seeds: 0 is named twice"),
+        ("learning_rates: [1.0e-3, 1.0e-3]\nmethods: [{label: A, method: adamw}]", "learning_rates: 0.001 is named twice"),
         ("held_out_rows: 0\nmethods: [{label: A, method: adamw}]", "several learning rates need held_out_rows"),
     ],
 )

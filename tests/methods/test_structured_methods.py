@@ -1,5 +1,6 @@
 """MeSP and MeBP train as PEFT's LoRA does; block inputs in memory-mapped files; the model comes back as it was."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,9 @@ def test_refusals() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8])
-def test_mapped_files(dtype: torch.dtype, tmp_path: Path) -> None:
-    place = MappedFile(tmp_path)
+def test_mapped_files(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    place = MappedFile()
     leaves = (torch.arange(6).to(dtype).view(2, 3), torch.empty(0, 4, dtype=dtype))
     waiting = place.put(leaves)
     assert list(tmp_path.iterdir()) == []  # unlinked, and yet there

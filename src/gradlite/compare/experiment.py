@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gradlite.errors import GradLiteError
 from gradlite.methods import unknown
@@ -76,6 +76,15 @@ class Experiment(_Part):
     learning_rates: list[Rate] | None = Field(None, min_length=1)
     rates: dict[str, list[Rate]]
 
+    @field_validator("seeds", "learning_rates")
+    @classmethod
+    def _once_each(cls, numbers: list[float] | None) -> list[float] | None:
+        """A number that is named twice would count twice in means and spreads."""
+        twice = next((number for number in numbers or () if (numbers or ()).count(number) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice:g} is named twice")
+        return numbers
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.held_out_rows > self.held_out_from_last:
@@ -84,6 +93,9 @@ class Experiment(_Part):
         twice = next((entry.label for entry, slug in zip(self.methods, slugs, strict=True) if slugs.count(slug) > 1), None)
         if twice is not None:
             raise ValueError(f"two methods have the label {twice!r}, or ones that differ in signs only")
+        without = next((name for name in self.baselines if name not in {entry.label for entry in self.methods}), None)
+        if without is not None:
+            raise ValueError(f"baselines names {without!r}, but no method has that label")
         for entry in self.methods:
             if len(self.rates_of(entry)) > 1 and not self.held_out_rows:
                 raise ValueError("several learning rates need held_out_rows, to choose between them")

@@ -6,20 +6,15 @@ is short, pages leave it; where there is enough, they stay in the page cache and
 
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 
 class MappedFile:
-    """A place (:class:`gradlite.hold.place.Place`) in files of ``directory`` (None: the system's own for temporary files).
+    """A place (:class:`gradlite.hold.place.Place`) in the system's directory of temporary files; for leaves of one device."""
 
-    For the leaves of one device.
-    """
-
-    def __init__(self, directory: Path | None = None) -> None:
-        self._directory = directory
+    def __init__(self) -> None:
         self._device = torch.device("cpu")
 
     def put(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -32,6 +27,6 @@ class MappedFile:
     def _mapped(self, leaf: Tensor) -> Tensor:
         if not leaf.numel():
             return leaf
-        with tempfile.NamedTemporaryFile(dir=self._directory, prefix="gradlite-") as file:
+        with tempfile.NamedTemporaryFile(prefix="gradlite-") as file:
             flat = torch.from_file(file.name, shared=True, size=leaf.numel(), dtype=leaf.dtype)
         return flat.view(leaf.shape).copy_(leaf)

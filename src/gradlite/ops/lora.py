@@ -85,7 +85,6 @@ class _Lora(torch.autograd.Function):
         kind: LoraKind,
         kept: Kept,
         needs_value: bool,
-        state: Tensor | None,
         h_TR: Tensor | None,
     ) -> Tensor:
         ctx.weight, ctx.kind, ctx.kept = weight, kind, kept
@@ -139,7 +138,7 @@ class _Lora(torch.autograd.Function):
                 inner_TN = inner_TR @ a_RN
                 grad_x_TN.add_(inner_TN if factors_TN is None else inner_TN.mul_(factors_TN))
             grad_x = grad_x_TN.view(*grad.shape[:-1], a_RN.shape[1])
-        return grad_x, grad_bias, grad_a, grad_b, grad_scale, None, None, None, None, None, None
+        return grad_x, grad_bias, grad_a, grad_b, grad_scale, None, None, None, None, None
 
 
 def _h(x_TN: Tensor, a_RN: Tensor, kind: LoraKind) -> Tensor:
@@ -190,7 +189,7 @@ def lora_linear(
             h_TR = _h(x.reshape(-1, x.shape[-1]), a_RN, kind)
     saved = [one for one in (a_RN, b_MR, scale_M, state, h_TR) if one is not None]
     x = Keep.apply(x, trained[0], kept, *saved, *held.leaves)
-    y: Tensor = _Lora.apply(x, bias_M, a_RN, b_MR, scale_M, frozen, kind, kept, needs_value, state, h_TR)
+    y: Tensor = _Lora.apply(x, bias_M, a_RN, b_MR, scale_M, frozen, kind, kept, needs_value, h_TR)
     return y
 
 
