@@ -23,6 +23,7 @@ import torch
 from live_tensors import peak_and_growth
 from record import append, describe
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from turns import answer_turns, take_turns
 
 from gradlite.attaching.structured_lora import structured_lora
@@ -85,13 +86,14 @@ def worker(method: str, shape: str, length: int, base: str) -> dict[str, Any]:
     def head() -> None:
         head_loss(inner, upstream.detach().requires_grad_(), ids).backward()
 
-    if method.startswith("mesp"):
-        step()  # compiles its kernels
+    step()  # compiles kernels
     peak, _ = peak_and_growth(step)
     head_peak, _ = peak_and_growth(head)
-    states: list[Tensor] = []
-    forward_peak, waiting = peak_and_growth(lambda: states.append(inner.model(input_ids=ids).last_hidden_state))
-    backward_peak, _ = peak_and_growth(lambda: states.pop().backward(upstream))
+    ends: list[GradientEdge] = []  # not the last hidden states themselves: in a whole step the head lets go of them
+    forward_peak, waiting = peak_and_growth(
+        lambda: ends.append(get_gradient_edge(inner.model(input_ids=ids).last_hidden_state))
+    )
+    backward_peak, _ = peak_and_growth(lambda: torch.autograd.backward(ends, [upstream]))
     model.zero_grad()
     seconds = answer_turns(step)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -139,6 +141,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    methods = arguments.only.split(",")
+    wrong = next((method for method in methods if method not in METHODS), None)
+    if wrong is not None:
+        parser.error(f"--only names {wrong!r}; known are {', '.join(METHODS)}")
+    if arguments.base == "int4" and not all(method.startswith("mesp") for method in methods):
+        parser.error("--base int4 is for MeSP's methods; name them with --only")
     if arguments.worker:
         print(json.dumps(worker(arguments.only, arguments.shape, int(arguments.length), arguments.base)))
         return
@@ -146,7 +154,7 @@ def main() -> None:
         for length in arguments.length.split(","):
             cell = ["--shape", shape, "--length", length, "--base", arguments.base]
             shared = [sys.executable, __file__, "--worker", "--out", "-", *cell, "--only"]
-            for record in take_turns({method: [*shared, method] for method in arguments.only.split(",")}, arguments.rounds):
+            for record in take_turns({method: [*shared, method] for method in methods}, arguments.rounds):
                 append(arguments.out, {**record, **describe()})
                 print(record, flush=True)
 

@@ -17,6 +17,7 @@ from gradlite import GradLiteError
 from gradlite.attaching import tiles_its_loss
 from gradlite.attaching.lora_twins import TwinFourBitLinear, TwinLoraLinear, TwinTiledMLP
 from gradlite.ops import token_tiles
+from gradlite.ops.lora import dora_scale
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated", "ignore:.gradient_checkpointing_enable"
@@ -111,16 +112,20 @@ SMALL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("inputs", ["every block", "every second"])
-@pytest.mark.parametrize("name", SMALL)
-def test_models_whose_loss_is_their_own_and_whose_blocks_fill_a_cache(name: str, inputs: str, tokens: Tokens) -> None:
-    """A replay must not append keys and values a second time; Falcon adds its residual in place."""
+def family(name: str, tokens: Tokens) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     ids = {"vocab_size": int(tokens["input_ids"].max()) + 1, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SMALL[name], **ids))
-    plain = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)).train()
+    return peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)).train()
+
+
+@pytest.mark.parametrize("inputs", ["every block", "every second"])
+@pytest.mark.parametrize("name", SMALL)
+def test_models_whose_loss_is_their_own_and_whose_blocks_fill_a_cache(name: str, inputs: str, tokens: Tokens) -> None:
+    """A replay must not append keys and values a second time; Falcon adds its residual in place."""
+    plain = family(name, tokens)
     structured = gradlite.structured_lora(copy.deepcopy(plain), inputs=inputs)  # type: ignore[arg-type]
     losses = [model(**tokens).loss for model in (structured, plain)]
     for loss in losses:
@@ -203,6 +208,13 @@ def test_every_second_input_kept(layers: int, dropout: float, build: Build, toke
     assert runs == [2 * layers, 2 * layers + layers // 2]
 
 
+def test_every_second_input_where_attention_drops(build: Build, tokens: Tokens) -> None:
+    """By a number and not by a module: the block that runs again must draw what it drew."""
+    config = peft.LoraConfig(r=3, target_modules=SEVEN, init_lora_weights=False)
+    plain = peft.get_peft_model(build(attention_dropout=0.3), config).train()
+    compare(plain, tokens, inputs="every second")
+
+
 def test_every_second_input_holds_half(build: Build) -> None:
     """Tensors that live between forward and backward, without those of autograd's parameters."""
     ids = torch.randint(3, 50, (2, 9))
@@ -249,11 +261,39 @@ def test_bfloat16_and_wide_adapters(lora: Any, tokens: Tokens) -> None:
         assert errors[0] <= 1.1 * errors[1] <= 0.2
 
 
-def test_autocast(lora: Any) -> None:
+def test_wide_biases_of_adapters(lora: Any, tokens: Tokens) -> None:
+    """PEFT's default: bfloat16 weights, float32 adapters; the bias of B is added to the layer's own."""
+    options = {"lora_bias": True, "target_modules": ["q_proj", "k_proj", "v_proj"]}
+    exact = lora("qwen2", **options)
+    plain = lora("qwen2", dtype=torch.bfloat16, cast=True, **options)
+    model = gradlite.structured_lora(copy.deepcopy(plain))
+    for each in (exact, plain, model):
+        backward(each, tokens)
+    assert mean_error(model, exact) <= 1.1 * mean_error(plain, exact) <= 0.2
+
+
+def test_a_new_doras_scale_is_one_under_autocast(lora: Any, tokens: Tokens) -> None:
+    """Rounded norms would bend every layer from the first step on."""
+    plain = lora(use_dora=True)
+    for name, parameter in plain.named_parameters():
+        if "lora_B" in name:
+            nn.init.zeros_(parameter)
+    layer = plain.get_base_model().model.layers[0].mlp.up_proj
+    magnitude = layer.lora_magnitude_vector["default"]
+    magnitude.weight.data = layer.base_layer.weight.norm(dim=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        scale = dora_scale(
+            layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight, magnitude.weight, 1.0
+        )
+    torch.testing.assert_close(scale, torch.ones_like(scale), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["plain", "dora"])
+def test_autocast(options: dict[str, Any], lora: Any) -> None:
     """Against the exact gradient, no worse than PEFT's own rounding."""
     errors = []
     for batch in torch.randint(3, 50, (5, 2, 9), generator=torch.Generator().manual_seed(0)):
-        exact, plain, model = lora(), lora(), gradlite.structured_lora(lora())
+        exact, plain, model = lora(**options), lora(**options), gradlite.structured_lora(lora(**options))
         tokens = {"input_ids": batch, "labels": batch}
         backward(exact, tokens)
         for each in (model, plain):
@@ -447,12 +487,50 @@ def test_refusals(lora: Any, build: Build) -> None:
         ({"inputs": "foo"}, "inputs is 'foo'"),
         ({"store_h": "no"}, "store_h is 'no'"),
         ({"seed": "x"}, "seed is 'x'"),
-        ({"inputs": "every second", "hold": "exact"}, "hold='exact' keeps all"),
+        ({"inputs": "every second", "hold": "exact"}, "with hold='exact' none is"),
+        ({"inputs": "every second", "hold": {"*": "exact"}}, "none is; leave one out"),
+        ({"hold": "projected"}, "hold='projected' is for weights that train"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], match: str, lora: Any) -> None:
     with pytest.raises(GradLiteError, match=match):
         gradlite.structured_lora(lora(), **options)
+
+
+def test_what_cannot_be_kept_in_four_bits_is_refused_before_anything_changes(build: Build, tokens: Tokens) -> None:
+    odd = peft.get_peft_model(build(intermediate_size=45), peft.LoraConfig(r=3, target_modules=["q_proj"]))
+    with pytest.raises(GradLiteError, match=r"layers\.0\.mlp\.down_proj cannot be kept in four bits: its width 45 is odd"):
+        gradlite.structured_lora(odd, base="int4")
+    assert not any(isinstance(module, (TwinLoraLinear, TwinFourBitLinear)) for module in odd.modules())
+    compare(odd.train(), tokens)
+
+
+def test_layers_that_are_linear_by_another_name(tokens: Tokens) -> None:
+    """Falcon's are kept in four bits as any other; what computes something else keeps PEFT's code."""
+    plain = family("falcon", tokens)
+    model = gradlite.structured_lora(copy.deepcopy(plain), base="int4")
+    assert sum(isinstance(module, TwinFourBitLinear) for module in model.modules()) == 8
+    rounded = gradlite.undo_structured_lora(copy.deepcopy(model))
+    losses = [backward(each, tokens) for each in (model, rounded)]
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+    same_gradients(model, rounded, 1e-5)
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2.0 * super().forward(x)
+
+    strange = family("falcon", tokens)
+    layer = strange.get_base_model().transformer.h[0].mlp.dense_h_to_4h.base_layer
+    layer.__class__ = Doubled
+    compare(strange, tokens)
+
+
+def test_undoing_through_the_inner_model(lora: Any, tokens: Tokens) -> None:
+    model = gradlite.structured_lora(lora(), base="int4")
+    gradlite.undo_structured_lora(model.get_base_model())
+    plain = copy.deepcopy(model)
+    assert not any(isinstance(module, (TwinLoraLinear, TwinFourBitLinear)) for module in model.modules())
+    compare(plain, tokens)
 
 
 @pytest.mark.parametrize("rank", [3, 24])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import gradlite
 from gradlite.errors import GradLiteError
-from gradlite.methods.mezo import MeZOMethod, direction, draw, rebuild
+from gradlite.methods.mezo import MeZOMethod, direction, draw, parameter_seed, rebuild, step_seed
 
 transformers = pytest.importorskip("transformers")
 
@@ -108,6 +108,16 @@ def test_directions_are_normal_and_each_tensors_own() -> None:
     assert abs(torch.cosine_similarity(many, others, dim=0)) < 5e-3
 
 
+def test_directions_of_later_steps_are_new() -> None:
+    """A CPU's generator looks at 32 bits of its seed only."""
+    seen = set()
+    for number in (0, 1, 1 << 12, 1 << 16, 1 << 20):
+        for tensor in range(3):
+            _, z = next(direction(torch.empty(8), parameter_seed(step_seed(0, number), tensor)))
+            seen.add(tuple(z.tolist()))
+    assert len(seen) == 15
+
+
 def test_both_passes_drop_the_same() -> None:
     method = build(llama(dropout=0.5), epsilon=1e-7)
     method.model.config._attn_implementation = "eager"  # type: ignore[union-attr]
@@ -159,7 +169,7 @@ def test_refusals_and_finish() -> None:
     own = type(model)
     method = build(model)
     with pytest.raises(GradLiteError, match=r"method\.model\.train"):
-        method.backward(model.eval()(input_ids=IDS, labels=IDS).loss.detach())
+        method.backward(model.eval()(input_ids=IDS, labels=IDS).loss)
     with pytest.raises(GradLiteError, match="cannot clip"):
         method.clip(1.0)
     assert type(method.finish()) is own

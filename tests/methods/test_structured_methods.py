@@ -1,5 +1,7 @@
 """MeSP and MeBP train as PEFT's LoRA does; block inputs in memory-mapped files; the model comes back as it was."""
 
+import errno
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,16 @@ def test_refusals() -> None:
         build("mebp", block_input="mapped")
     with pytest.raises(GradLiteError, match="block_inputs is 'disk'"):
         build("mebp", block_inputs="disk")
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system cannot reserve a file's room")
+def test_a_full_disk_is_told_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(GradLiteError, match=r"cannot be had in .*\(No space left on device\); .*TMPDIR"):
+        MappedFile().put((torch.zeros(3),))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8])

@@ -156,8 +156,8 @@ def replayed(
             holder.shelf.clear()
 
     if chain is not None:
-        is_random = any(isinstance(part, nn.Dropout) and part.training and part.p > 0 for part in block.__self__.modules())
-        chain.kept = _Replay(partial(run, *arguments[1:]), boundary, is_random, hidden.device) if source is None else None
+        is_training = block.__self__.training  # so that it may drop: not only modules do
+        chain.kept = _Replay(partial(run, *arguments[1:]), boundary, is_training, hidden.device) if source is None else None
     result = checkpoint(run, *arguments[1:], use_reentrant=False)
     if chain is not None and chain.kept is not None:
         chain.kept.ended(result)

@@ -11,6 +11,7 @@ from typing import get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gradlite.ops.activation import ActivationKind, activation_value
 from gradlite.ops.gated_mlp import gated_value
@@ -73,6 +74,21 @@ def norm_kind(module: nn.Module, like: Tensor) -> NormKind | None:
     errors = [_error(module.forward, partial(norm_value, weight_N=weight, bias_N=bias, kind=kind), x) for kind in kinds]
     best = min(range(len(kinds)), key=lambda place: errors[place])
     return kinds[best] if errors[best] <= _TOLERANCE[x.dtype] else None
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` is an ``nn.Linear`` that multiplies by its weight, which is a tensor as any other (not quantised)."""
+    if not isinstance(module, nn.Linear):
+        return False
+    weight = module._parameters.get("weight")
+    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor or not weight.is_floating_point():
+        return False
+    if type(module).forward is nn.Linear.forward:
+        return True
+    x = _rows(module.in_features, weight)
+    return (
+        x is not None and _error(module.forward, partial(F.linear, weight=weight, bias=module.bias), x) <= _TOLERANCE[x.dtype]
+    )
 
 
 def activation_kind(module: nn.Module, like: Tensor) -> ActivationKind | None:

@@ -17,6 +17,7 @@ from gradlite.attaching.holding import Hold, HoldPlan
 from gradlite.attaching.lora_twins import give_weight_back, keep_in_four_bits
 from gradlite.attaching.names import CHAIN
 from gradlite.attaching.operators import Operator, Operators, give_back, recognise, take_over
+from gradlite.attaching.recognise import is_linear
 from gradlite.attaching.twins import become_itself, become_recognised, refuse_twins
 from gradlite.errors import GradLiteError
 
@@ -35,6 +36,7 @@ class StructuredLora:
         self.chain = Chain()
         self.layers: list[nn.Module] = []
         self.four_bit: list[tuple[nn.Module, torch.dtype]] = []
+        self.marked: list[nn.Module] = []
         self.hooks: list[RemovableHandle] = []
 
 
@@ -69,13 +71,18 @@ def structured_lora(
             with other formulas.
     """
     plan = HoldPlan(hold)
-    _check_options(base, store_h, inputs, hold, seed)
+    _check_options(base, store_h, inputs, plan, seed)
     model, name = _checked(peft_model)
     undo_structured_lora(peft_model)
     refuse_twins(peft_model)
     layers = _lora_layers(model, name)
     operators = Operators(plan, seed)
     _recognise(model, operators)
+    if inputs == "every second" and not any(operator.role == "block" for operator in operators.found):
+        raise GradLiteError(
+            f"inputs='every second' is for blocks that are computed again, and with hold={hold!r} none is; leave one out."
+        )
+    bases = _bases_for_four_bits(model) if base == "int4" else []
     operators.plan.check_used([each for each, _ in layers], [block for block, _ in named_blocks(model)])
     structured = StructuredLora(operators)
     take_over(model, operators)
@@ -88,11 +95,12 @@ def structured_lora(
         become_recognised(layer, "lora", (name, store_h), operators.holder(operators.plan.mode_of(each)))
         structured.layers.append(layer)
     if base == "int4":
-        _keep_bases_in_four_bits(model, structured)
+        _keep_in_four_bits(bases, structured)
         object.__setattr__(model, "save_pretrained", _refuse_to_save)
     for module in {id(one): one for one in (peft_model, model)}.values():  # PEFT calls the inner one's forward, not the module
         structured.hooks.append(module.register_forward_hook(_clear_shelf, always_call=True))
         object.__setattr__(module, _ATTRIBUTE, structured)
+        structured.marked.append(module)
     return peft_model
 
 
@@ -114,23 +122,20 @@ def undo_structured_lora(peft_model: Model) -> Model:
     for layer in structured.layers:
         become_itself(layer)
     give_back(model, structured.operators)
-    for module in (peft_model, model):
-        if _ATTRIBUTE in module.__dict__:
-            object.__delattr__(module, _ATTRIBUTE)
+    for module in structured.marked:
+        object.__delattr__(module, _ATTRIBUTE)
     return peft_model
 
 
-def _check_options(base: object, store_h: object, inputs: object, hold: Hold, seed: object) -> None:
+def _check_options(base: object, store_h: object, inputs: object, plan: HoldPlan, seed: object) -> None:
     choices = {"base": (base, get_args(Base)), "inputs": (inputs, get_args(Inputs)), "store_h": (store_h, (True, False))}
     for option, (value, known) in choices.items():
         if value not in known:
             raise GradLiteError(f"structured_lora's {option} is {value!r}, but it must be {' or '.join(map(repr, known))}.")
+    if plan.names("projected"):
+        raise GradLiteError("hold='projected' is for weights that train, and these are frozen; choose another way of holding.")
     if not isinstance(seed, int):
         raise GradLiteError(f"structured_lora's seed is {seed!r}, but it must be a whole number.")
-    if inputs == "every second" and isinstance(hold, str) and not hold.startswith("recompute"):
-        raise GradLiteError(
-            f"inputs='every second' is for blocks that are computed again, and hold={hold!r} keeps all; leave one out."
-        )
 
 
 def _refuse_to_save(*_arguments: Any, **_keywords: Any) -> None:
@@ -192,7 +197,7 @@ def _lora_layers(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
 
     found: list[tuple[str, nn.Module]] = []
     for each, layer in model.named_modules():
-        if not isinstance(layer, Linear) or name not in layer.lora_A or not isinstance(layer.get_base_layer(), nn.Linear):
+        if not isinstance(layer, Linear) or name not in layer.lora_A or not is_linear(layer.get_base_layer()):
             continue  # PEFT's own code and autograd are as exact there
         if layer.merged:
             raise GradLiteError(f"the adapter of {each} is merged into its weight; call unmerge_adapter() first.")
@@ -241,13 +246,27 @@ def _recognise(model: nn.Module, operators: Operators) -> None:
     ]
 
 
-def _keep_bases_in_four_bits(model: nn.Module, structured: StructuredLora) -> None:
-    holder = structured.operators.holder(structured.operators.plan.mode_of(""))
+def _bases_for_four_bits(model: nn.Module) -> list[nn.Linear]:
+    """The frozen linear layers of the blocks, adapters left out. Raises GradLiteError where there is none, or one cannot."""
     wrappers = [module for module in model.modules() if isinstance(getattr(module, "base_layer", None), nn.Module)]
     adapters = {id(part) for wrapper in wrappers for part in wrapper.modules()} - {id(one.base_layer) for one in wrappers}
-    for _, block in named_blocks(model):
-        for module in list(block.modules()):
-            if type(module) is nn.Linear and id(module) not in adapters and not module.weight.requires_grad:
-                structured.four_bit.append((module, module.weight.dtype))
-                keep_in_four_bits(module)
-                become_recognised(module, "four_bit", None, holder)
+    found = {}
+    for prefix, block in named_blocks(model):
+        for name, module in block.named_modules():
+            if is_linear(module) and id(module) not in adapters and not module.get_parameter("weight").requires_grad:
+                assert isinstance(module, nn.Linear)
+                if module.in_features % 2:
+                    width = f"its width {module.in_features} is odd"
+                    raise GradLiteError(f"{prefix}.{name} cannot be kept in four bits: {width}; leave out base='int4'.")
+                found[id(module)] = module
+    if not found:
+        raise GradLiteError(f"{type(model).__name__} has no frozen linear layer to keep in four bits; leave out base='int4'.")
+    return list(found.values())
+
+
+def _keep_in_four_bits(linears: list[nn.Linear], structured: StructuredLora) -> None:
+    holder = structured.operators.holder(structured.operators.plan.mode_of(""))
+    for linear in linears:
+        structured.four_bit.append((linear, linear.weight.dtype))
+        keep_in_four_bits(linear)
+        become_recognised(linear, "four_bit", None, holder)

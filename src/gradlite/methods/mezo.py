@@ -13,6 +13,8 @@ A step is (seed, g, learning rates): :func:`rebuild` makes the weights again fro
 """
 
 import functools
+import hashlib
+import struct
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
@@ -58,7 +60,7 @@ def direction(parameter: Tensor, seed: int) -> Iterator[tuple[int, Tensor]]:
 
 def draw(optimizer: "ZerothOrderSGD", parameter: nn.Parameter) -> Tensor:
     """``z`` of one tensor in the step that is under way, float32, in its shape."""
-    seed = _parameter_seed(optimizer.seed, optimizer.numbers[id(parameter)])
+    seed = parameter_seed(optimizer.seed, optimizer.numbers[id(parameter)])
     return torch.cat([z for _, z in direction(parameter, seed)]).view(parameter.shape)
 
 
@@ -119,9 +121,11 @@ def step_seed(seed: int, number: int) -> int:
     return (seed * 40_503 + number * 1_327_217_885 + 1) % _SEEDS
 
 
-def _parameter_seed(seed: int, number: int) -> int:
-    """Each tensor's own, so that tensors can be perturbed in any order."""
-    return (seed << 20) + number
+def parameter_seed(seed: int, number: int) -> int:
+    """Each tensor's own, so that tensors can be perturbed in any order. 32 bits, of which each depends on all of both numbers:
+    a CPU's generator looks at no more.
+    """
+    return int.from_bytes(hashlib.blake2b(struct.pack("<QQ", seed, number), digest_size=4).digest(), "little")
 
 
 @torch.no_grad()
@@ -131,7 +135,7 @@ def _apply(groups: list[dict[str, Any]], row: list[float]) -> None:
     for group, rate in zip(groups, rates, strict=True):
         decay = 1.0 - rate * group["weight_decay"]
         for parameter in group["params"]:
-            own_seed = _parameter_seed(seed, number)
+            own_seed = parameter_seed(seed, number)
             if noise is None and parameter.dtype == torch.bfloat16:
                 noise = NoiseTable(torch.Generator().manual_seed(seed), parameter.device)
             flat = parameter.data.view(-1)
@@ -207,7 +211,7 @@ class Perturbation:
 
     @torch.no_grad()
     def _perturbed(self, parameter: nn.Parameter) -> Tensor:
-        seed = _parameter_seed(self._optimizer.seed, self._optimizer.numbers[id(parameter)])
+        seed = parameter_seed(self._optimizer.seed, self._optimizer.numbers[id(parameter)])
         result = torch.empty_like(parameter.data, memory_format=torch.contiguous_format)
         flat, flat_result = parameter.data.reshape(-1), result.view(-1)
         for start, z in direction(parameter, seed):
@@ -286,8 +290,8 @@ class MeZOMethod(Method):
         model.gradlite_perturbation = (self._perturbation, optimizer)  # type: ignore[assignment]
 
     def backward(self, loss: Tensor) -> None:
-        """Adds to the projected gradient. Raises GradLiteError for weights that no module of the model used."""
-        if not loss.requires_grad:
+        """Adds to the projected gradient. Raises GradLiteError for weights that no module of the model used in this step."""
+        if not (self.model.training and loss.requires_grad):
             raise GradLiteError(
                 f"method {self.name!r} needs the loss of method.model in training mode; call method.model.train()."
             )
@@ -306,6 +310,7 @@ class MeZOMethod(Method):
             self.skipped_in_a_row = 0
         else:
             self._skip()
+        self._perturbation.seen.clear()
         self.optimizer.projected.grad = None  # here too: the Trainer clears the model's gradients, and this is not one of them
 
     def zero_grad(self) -> None:

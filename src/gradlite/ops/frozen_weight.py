@@ -29,7 +29,7 @@ class FrozenWeight(Protocol):
     """``W`` (M×N), which receives no gradient."""
 
     def times(self, x_TN: Tensor, bias_M: Tensor | None) -> Tensor:
-        """``x Wᵀ + b`` (T×M) in the dtype of ``x``."""
+        """``x Wᵀ + b`` (T×M) in the dtype of ``x``; ``b`` may be wider."""
 
     def transposed_times(self, grad_TM: Tensor) -> Tensor:
         """``δ W`` (T×N) in the dtype of ``δ``."""
@@ -46,7 +46,10 @@ class DenseWeight:
 
     def times(self, x_TN: Tensor, bias_M: Tensor | None) -> Tensor:
         # Under autocast the weight waits in its own dtype: a cast costs less than a second copy of the model.
-        return F.linear(x_TN, self._weight_MN.to(x_TN.dtype), bias_M)
+        weight_MN = self._weight_MN.to(x_TN.dtype)
+        if bias_M is None or bias_M.dtype == x_TN.dtype:
+            return F.linear(x_TN, weight_MN, bias_M)
+        return F.linear(x_TN, weight_MN).add_(bias_M)
 
     def transposed_times(self, grad_TM: Tensor) -> Tensor:
         return grad_TM @ self._weight_MN.to(grad_TM.dtype)

@@ -89,6 +89,7 @@ class _Lora(torch.autograd.Function):
     ) -> Tensor:
         ctx.weight, ctx.kind, ctx.kept = weight, kind, kept
         ctx.has_scale = scale_M is not None
+        ctx.bias_dtype = None if bias_M is None else bias_M.dtype
         if not needs_value:
             return x.new_zeros(()).expand(*x.shape[:-1], len(b_MR))
         x_TN = x.reshape(-1, x.shape[-1])
@@ -106,7 +107,7 @@ class _Lora(torch.autograd.Function):
         state = rest.pop(0) if kind.dropout else None
         h_TR = rest.pop(0) if kind.keeps_h else None
         grad_TM = grad.reshape(-1, grad.shape[-1])
-        grad_bias = grad_TM.sum(0) if needs_bias else None
+        grad_bias = grad_TM.sum(0, dtype=ctx.bias_dtype) if needs_bias else None
         x_TN = ctx.kept.ticket.get(rest).view(-1, a_RN.shape[1]).to(grad.dtype)
         del rest
         factors_TN = None
@@ -165,14 +166,13 @@ def lora_linear(
         holder: how ``x`` waits, unless an operator that made it holds it already.
         needs_value: False in a replay that only goes on backwards from here; the result is then zeros without storage.
 
-    Under autocast all operands are cast first, as in ``F.linear``.
+    Under autocast all operands but ``scale_M`` are cast first, as in ``F.linear``.
     """
     own = x
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(x.device.type)
         x, a_RN, b_MR = x.to(dtype), a_RN.to(dtype), b_MR.to(dtype)
         bias_M = None if bias_M is None else bias_M.to(dtype)
-        scale_M = None if scale_M is None else scale_M.to(dtype)
     frozen = DenseWeight(weight) if isinstance(weight, Tensor) else weight
     trained = [one for one in (a_RN, b_MR, bias_M, scale_M, x) if one is not None and one.requires_grad]
     if not (torch.is_grad_enabled() and trained):
@@ -206,6 +206,7 @@ def _row_norms(weight: FrozenWeight, a_RN: Tensor, b_MR: Tensor, scale: float) -
     norms = []
     for start in range(0, len(b_MR), rows):
         tile = slice(start, start + rows)
-        adapted = torch.addmm(weight.rows(tile, a_RN.dtype), b_MR[tile], a_RN, alpha=scale)
+        with torch.autocast(a_RN.device.type, enabled=False):  # c of a new adapter is exactly 1
+            adapted = torch.addmm(weight.rows(tile, a_RN.dtype), b_MR[tile], a_RN, alpha=scale)
         norms.append(torch.linalg.vector_norm(adapted, dim=1))
     return torch.cat(norms)
