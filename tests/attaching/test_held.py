@@ -55,6 +55,13 @@ def test_what_is_not_recognised_is_named(build: Any) -> None:
     assert "not recognised, kept as PyTorch keeps it: 2 modules (model.layers.0.self_attn" in str(coverage)
 
 
+def test_attention_that_drops_is_named(build: Any) -> None:
+    """Families have names of their own for the share."""
+    model = build("llama", torch.bfloat16)
+    model.model.layers[0].self_attn.dropout = nn.Dropout(0.1)
+    assert gradlite.attach(model, rank=8).held.unrecognised == ("model.layers.0.self_attn",)
+
+
 def test_the_text_counts_what_was_found(build: Any) -> None:
     model = build("llama", torch.bfloat16)
     text = str(gradlite.attach(model, rank=8, hold="int8"))

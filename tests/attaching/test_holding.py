@@ -114,6 +114,32 @@ def test_what_is_asked_for_beside_the_loss(build: Build, attached: Any, tokens: 
         torch.testing.assert_close(output.loss, output.logits.sum() + tokens["labels"].sum())
 
 
+def test_models_and_heads_of_ones_own_keep_their_own_loss(build: Build, tokens: Tokens) -> None:
+    """Whatever stands between the last hidden state and the loss must not be passed over."""
+    from transformers import LlamaForCausalLM
+
+    class Scaled(LlamaForCausalLM):
+        def forward(self, *arguments: Any, labels: Tensor, **keywords: Any) -> Any:
+            output = super().forward(*arguments, **keywords)
+            output.loss = self.loss_function(3.0 * output.logits, labels, self.config.vocab_size)
+            return output
+
+    class LoudHead(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 20.0 * super().forward(x)
+
+    subclass, loud, hooked = build(), build(), build()
+    subclass.__class__ = Scaled
+    loud.get_submodule("lm_head").__class__ = LoudHead
+    hooked.get_submodule("lm_head").register_forward_hook(lambda _module, _inputs, logits: 3.0 * logits)
+    for model in (subclass, loud, hooked):
+        wanted = model(**tokens).loss
+        gradlite.attach(model, rank=4)
+        output = model(**tokens)
+        torch.testing.assert_close(output.loss, wanted, rtol=1e-5, atol=0)
+        assert output.logits is not None
+
+
 # ---- what users do with a model -------------------------------------------------------------------------------------
 
 

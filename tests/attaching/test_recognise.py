@@ -1,5 +1,6 @@
 """What a module computes is found out by numbers, not names, and finding out leaves no trace."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gradlite
+from gradlite.attaching import attachment_of
 from gradlite.attaching.blocks import named_blocks
 from gradlite.attaching.recognise import activation_kind, gated_layout, norm_kind
 from gradlite.ops.norm import NormKind
@@ -47,6 +49,7 @@ def test_norms() -> None:
         nn.LayerNorm((4, 6)),
         nn.BatchNorm1d(24),
         nn.GroupNorm(4, 24),
+        nn.GroupNorm(1, 24),  # a layer norm of two dimensions, and another one of three
         nn.Linear(24, 24),
         nn.Identity(),
     ],
@@ -63,6 +66,8 @@ def test_what_is_no_norm(module: nn.Module) -> None:
         (nn.GELU("tanh"), "gelu_tanh"),
         (nn.ReLU(), "relu"),
         (nn.LeakyReLU(1e-3), None),
+        (nn.ReLU6(), None),
+        (nn.Hardtanh(0.0, 20.0), None),
         (nn.Mish(), None),
         (nn.Identity(), None),
         (nn.Dropout(0.5), None),
@@ -94,6 +99,111 @@ def test_gated_mlps() -> None:
     fused = MyMLP()
     fused.gate_up_proj = nn.Linear(24, 96)
     assert gated_layout(fused, LIKE) is None  # one layer more than the layout has
+
+
+class DroppingMLP(MyMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_gated_mlp_that_drops_by_a_number_is_its_own(training: bool) -> None:
+    module = DroppingMLP().train(training)
+    assert gated_layout(module, LIKE) is None
+    assert module.training == training
+    assert gated_layout(MyMLP().train(training), LIKE) is not None
+
+
+def test_batch_norms_are_not_moved_by_looking() -> None:
+    module = nn.BatchNorm1d(24)
+    norm_kind(module, LIKE)
+    assert module.num_batches_tracked == 0
+    assert not module.running_mean.any()  # type: ignore[union-attr]
+
+
+class GatedNorm(MyNorm):
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        result = super().forward(x)
+        return result if gate is None else result * gate
+
+
+def test_a_norm_that_may_be_gated() -> None:
+    plain = GatedNorm()
+    model = nn.ModuleDict({"norm": GatedNorm(), "linear": nn.Linear(24, 24)})
+    model["norm"].load_state_dict(plain.state_dict())
+    gradlite.attach(model, rank=4)
+    x, gate = torch.randn(3, 24, requires_grad=True), torch.randn(3, 24)
+    torch.testing.assert_close(model["norm"](x, gate), plain(x, gate))
+    torch.testing.assert_close(model["norm"](x), plain(x))
+    assert model["norm"](x).grad_fn is not None
+
+
+class Axial(nn.Module):
+    """Two layers that read the same storage, one of them transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(32, 32)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.first(h.transpose(1, 2)).transpose(1, 2) + self.second(h)
+
+
+class InPlace(nn.Module):
+    """The caller adds to the tensor that its block has read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16)) for _ in range(2)])
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h.clone()
+        for layer in self.layers:
+            h += layer(h)
+        return h
+
+
+class PostNorm(nn.Module):
+    """The first block finds what the norm before it has held already, as BERT's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.LayerNorm(16)) for _ in range(2)])
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.norm(h)
+        for layer in self.layers:
+            h = h + layer(h)
+        return h
+
+
+@pytest.mark.parametrize(("kind", "hold"), [(Axial, "exact"), (PostNorm, "recompute"), (PostNorm, "exact")])
+def test_gradients_of_unusual_models(kind: Any, hold: Any) -> None:
+    torch.manual_seed(0)
+    plain = kind()
+    model = copy.deepcopy(plain)
+    gradlite.attach(model, rank=1.0, basis="random", hold=hold, include=["*"])
+    x = torch.randn(2, 16, 32) if kind is Axial else torch.randn(2, 32, 16)
+    for each in (plain, model):
+        each(x.clone().requires_grad_()).sin().sum().backward()
+    found = attachment_of(model)
+    assert found is not None
+    for (name, _), collector in zip(found.projected, found.window.collectors, strict=True):
+        assert collector.coordinates.grad is not None
+        assert collector.basis.matrix_NR is not None
+        wanted = plain.get_parameter(name).grad
+        assert wanted is not None
+        torch.testing.assert_close(collector.coordinates.grad @ collector.basis.matrix_NR.T, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_input_that_is_changed_later_is_refused() -> None:
+    """The replay would read other values, and bend the gradient without a word."""
+    model = InPlace()
+    gradlite.attach(model, rank=4, hold="recompute")
+    loss = model(torch.randn(2, 8, 16)).sum()
+    with pytest.raises(gradlite.GradLiteError, match="changed in place after the block had run"):
+        loss.backward()
 
 
 class Model(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor
 from gradlite import methods
 from gradlite.compare.loop import UNTIMED_STEPS
 from gradlite.compare.runs import RunSpec
-from gradlite.compare.worker import _SEEDED, work
+from gradlite.compare.worker import work
 from gradlite.errors import GradLiteError
 from gradlite.methods.gradlite import GradLite
 from gradlite.methods.method import Claims, Method
@@ -92,7 +92,7 @@ def test_a_method_with_a_seed_of_its_own_gets_the_runs(method: str) -> None:
     module = import_module(f"gradlite.methods.{methods._HOME[method]}")
     factory = getattr(module, method.replace("-", "_"))
     takes_seed = "seed" in inspect.signature(GradLite if method == "gradlite" else factory).parameters
-    assert takes_seed == (method in _SEEDED)
+    assert takes_seed == (method in methods.SEEDED)
 
 
 def test_a_run_without_held_out_rows_is_measured_all_the_same(make_spec: MakeSpec) -> None:

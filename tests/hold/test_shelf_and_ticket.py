@@ -36,6 +36,12 @@ def test_a_reshaped_view_is_the_same_tensor() -> None:
         assert shelf.find(other) is None
 
 
+def test_what_was_offered_transposed_is_not_found_straight() -> None:
+    x = torch.randn(4, 4)
+    shelf, _ = shelf_with(x.T)
+    assert shelf.find(x) is None
+
+
 def test_a_transposed_square_is_another_tensor() -> None:
     x = torch.randn(4, 4)
     shelf, _ = shelf_with(x)

@@ -292,6 +292,49 @@ def test_closures_and_param_groups(tiny_model: Build, batches: Batches) -> None:
         gradlite.GradLite(model, groups=[{"params": "q.weight", "momentum": 1.0}])
 
 
+def test_an_override_leaves_norms_and_biases_undecayed(tiny_model: Build) -> None:
+    groups = [{"params": ["norm*", "q.weight"], "lr": 0.5}, {"params": ["*.bias"], "weight_decay": 0.3}]
+    model = tiny_model()
+    optimizer = gradlite.GradLite(model, rank=4, weight_decay=0.1, groups=groups)
+    decays = {id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    plain = {name: decays.get(id(parameter)) for name, parameter in model.named_parameters()}
+    assert {plain[name] for name in plain if name.startswith("norm") and not name.endswith("bias")} == {0.0}
+    assert {plain[name] for name in plain if name.endswith("bias") and not name.startswith("norm")} <= {0.3}
+    assert sum(group["lr"] == 0.5 for group in optimizer.param_groups) == 2
+
+
+def test_a_weight_that_is_frozen_later_stays(tiny_model: Build, batches: Batches) -> None:
+    model = tiny_model()
+    optimizer = gradlite.GradLite(model, lr=1e-2, rank=4)
+    for frozen in (False, True, False):
+        model.get_parameter("q.weight").requires_grad_(not frozen)
+        before = own(model)
+        model(batches(1)[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after = own(model)
+        assert torch.equal(after["q.weight"], before["q.weight"]) == frozen
+        assert not torch.equal(after["o.weight"], before["o.weight"])
+
+
+@pytest.mark.parametrize("memory", ["factored", "int4", "fp32"])
+@pytest.mark.parametrize("feedback", ["feedback", "off"])
+def test_a_step_inside_autocast_is_the_same(
+    feedback: Feedback, memory: MemoryFormat, tiny_model: Build, batches: Batches
+) -> None:
+    models = []
+    for inside in (False, True):
+        model = tiny_model()
+        optimizer = gradlite.GradLite(model, lr=1e-2, rank=4, feedback=feedback, feedback_memory=memory, refresh_interval=2)
+        for ids in batches(6):
+            model(ids).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                optimizer.step()
+            optimizer.zero_grad()
+        models.append(own(model))
+    assert_same(*models)
+
+
 # ---- saving ---------------------------------------------------------------------------------------------------------
 
 

@@ -57,6 +57,25 @@ def test_gradient_and_activation_bases_hold_what_dominates() -> None:
     assert (gradient - gradient @ start @ start.T).norm() > 0.5 * gradient.norm()
 
 
+@pytest.mark.parametrize("size", [1e-4, 1.0, 50.0])
+def test_a_first_basis_in_float16(size: float) -> None:
+    """``GᵀGP`` has the gradient's square in it, which float16 does not hold."""
+    torch.manual_seed(0)
+    left_TM, right_TN = torch.randn(64, 1) @ torch.randn(1, 24), torch.randn(64, 1) @ torch.randn(1, 16)
+    exact = left_TM.T @ right_TN
+    factors = DenseFactors((left_TM * size / exact.abs().max()).half(), right_TN.half())
+    start_NR = random_basis(16, 4, torch.Generator().manual_seed(0), factors.right_TN)
+    basis_NR = gradient_basis(factors, start_NR)
+    assert basis_NR.isfinite().all()
+    assert (exact @ basis_NR.float()).norm() > 0.99 * exact.norm()
+
+
+def test_a_sketch_that_is_not_finite_keeps_the_basis() -> None:
+    basis_NR = random_basis(16, 4, torch.Generator().manual_seed(0), torch.zeros(1))
+    kept_NR = refreshed_basis(torch.full((16, 4), float("inf")), basis_NR)
+    torch.testing.assert_close(kept_NR, basis_NR, rtol=0, atol=1e-5)
+
+
 def test_pull_back_is_the_transposed_gradient() -> None:
     factors, probe = low_rank_factors(), torch.randn(M, R, generator=generator()).double()
     torch.testing.assert_close(pull_back(factors, probe), (factors.left_TM.T @ factors.right_TN).T @ probe)

@@ -257,8 +257,9 @@ def test_a_methods_keywords_are_its_options_the_rate_and_the_decay() -> None:
 
 @pytest.mark.parametrize("method", LORA_METHODS)
 def test_the_adapters_rank_has_a_flag_of_its_own(method: str) -> None:
-    config = TrainConfig.from_sources(flags={"method": method, "lora_rank": "4", "method_options": "{alpha: 2}"})
-    assert config.method_keywords() == {"lr": 1e-4, "weight_decay": 0.0, "rank": 4, "alpha": 2}
+    config = TrainConfig.from_sources(flags={"method": method, "lora_rank": "4", "method_options": "{alpha: 2}", "seed": "7"})
+    seed = {"seed": 7} if method == "mesp" else {}
+    assert config.method_keywords() == {"lr": 1e-4, "weight_decay": 0.0, "rank": 4, "alpha": 2, **seed}
 
 
 @pytest.mark.parametrize(

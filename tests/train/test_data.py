@@ -41,9 +41,48 @@ def test_every_layout(row: dict[str, Any], example: Any) -> None:
     assert parse([row], "data").examples == [example]
 
 
+def test_numbers_are_text_and_nan_is_nothing() -> None:
+    rows: list[dict[str, Any]] = [{"prompt": 1, "completion": 2.5}, {"prompt": "q", "completion": float("nan")}]
+    parsed = parse(rows, "data")
+    assert parsed.examples == [Pair("1", "2.5", "")]
+    assert parsed.num_empty == 1
+
+
+def test_silence_is_no_answer() -> None:
+    silent = {"role": "assistant", "content": " "}
+    called = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
+    rows = [{"messages": [QUESTION, last]} for last in (silent, called, ANSWER)]
+    answers = [example.messages[-1] for example in parse(rows, "data").examples if isinstance(example, Conversation)]
+    assert answers == [called, ANSWER]
+
+
 def test_columns_that_only_some_rows_have() -> None:
     rows = [{"instruction": "q", "output": "a"}, {"instruction": "q", "input": "i", "output": "a"}]
     assert parse(rows, "data").examples == [Pair("q", "a", "\n"), Pair("q\n\ni", "a", "\n")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("a.csv", "prompt,completion,prompt\na,b,c\n", "the column 'prompt' stands twice"),
+        ("a.jsonl", '{"prompt": "a", "completion": "b", "prompt": "c"}\n', "line 1 of .* the column 'prompt' stands twice"),
+        ("a.json", '[{"prompt": "a", "completion": "b", "prompt": "c"}]', "the column 'prompt' stands twice"),
+    ],
+)
+def test_a_column_that_stands_twice(name: str, text: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(GradLiteError, match=sentence):
+        load_source(str(tmp_path / name))
+
+
+def test_long_fields_of_csv(tmp_path: Path) -> None:
+    (tmp_path / "long.csv").write_text("text\n" + 140_000 * "x" + "\n")
+    assert [len(row["text"]) for row in load_source(str(tmp_path / "long.csv")).train] == [140_000]
+
+
+def test_nobodys_home() -> None:
+    with pytest.raises(GradLiteError, match=r"~nosuchuser/x\.jsonl.* does not exist"):
+        load_source("~nosuchuser/x.jsonl")
 
 
 def test_rows_without_an_answer_are_counted() -> None:
@@ -61,6 +100,12 @@ def test_rows_without_an_answer_are_counted() -> None:
         ([{"messages": "hello"}], "messages in row 1 of dataset 'data' is not a list of messages"),
         ([{"messages": [{"role": "user", "content": [{"type": "image"}]}]}], "content is not text"),
         ([{"prompt": "", "completion": ""}], "no row"),
+        ([{"prompt": "q", "completion": True}], "completion in row 1 of dataset 'data' is bool"),
+        (
+            [{"prompt": "cut \ud83d", "completion": "a"}],
+            "prompt in row 1 .* has half a surrogate pair at character 5",
+        ),
+        ([{"messages": [{"role": "user", "content": "\ude00"}]}], "messages in row 1 .* has half a surrogate pair"),
     ],
 )
 def test_unusable_rows(rows: list[dict[str, Any]], sentence: str) -> None:

@@ -80,7 +80,7 @@ def switch(model: nn.Module, to: str) -> bool:
 
 def drops_out(module: nn.Module) -> bool:
     """Whether an attention layer drops probabilities in training, which the operator does not offer."""
-    for name in ("attention_dropout", "attn_dropout"):
+    for name in ("attention_dropout", "attn_dropout", "dropout", "dropout_p", "dropout_prob"):
         dropout = getattr(module, name, 0.0)
         share = dropout.p if isinstance(dropout, nn.Dropout) else dropout
         if isinstance(share, (int, float)) and share > 0:

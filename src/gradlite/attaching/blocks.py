@@ -37,6 +37,7 @@ class _Boundary:
         self._holder = holder
         self._shape, self._dtype, self._needs_grad = hidden.shape, hidden.dtype, hidden.requires_grad
         self._leaves: tuple[Tensor, ...] = ()
+        self._versions: list[int] = []
         self._codec: Codec = holder.codec_for(hidden.shape[-1])
 
     def put_away(self) -> None:
@@ -48,6 +49,7 @@ class _Boundary:
         with torch.no_grad():
             rows = self._hidden.reshape(-1, self._shape[-1])
             self._leaves = tuple(leaf.detach() for leaf in self._holder.encode(rows))
+        self._versions = [leaf._version for leaf in self._leaves]
         self._hidden = None
 
     def get(self) -> Tensor:
@@ -55,6 +57,11 @@ class _Boundary:
             return self._hidden
         if self._source is not None:
             return self._source.result_again().requires_grad_(self._needs_grad)
+        if [leaf._version for leaf in self._leaves] != self._versions:  # a leaf may be the tensor itself
+            raise GradLiteError(
+                "the input of a block that is computed again in backward was changed in place after the block had run; "
+                "train this model with hold='exact'."
+            )
         with torch.no_grad():
             hidden = self._holder.decode(self._leaves, self._shape[-1], self._dtype).view(self._shape)
         return hidden.requires_grad_(self._needs_grad)
@@ -150,6 +157,7 @@ def replayed(
     boundary = _Boundary(hidden, holder, source)
 
     def run(*others: Any) -> Any:
+        holder.shelf.clear()  # what the forward pass found there must not be missing in the replay
         try:
             return block(boundary.get(), *others, **keywords)
         finally:  # also where the replay ends in the middle

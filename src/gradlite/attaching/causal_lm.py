@@ -23,8 +23,12 @@ def can_tile_loss(model: nn.Module) -> bool:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in MODEL_TYPES or not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         return False
+    if not model.forward.__module__.startswith("transformers."):  # a user's own, which may do anything with the logits
+        return False
     head = model.get_output_embeddings()  # type: ignore[operator]
-    return isinstance(head, nn.Linear) and "labels" in inspect.signature(model.forward).parameters
+    own_class = getattr(type(head), "gradlite_own_class", type(head))
+    is_plain = isinstance(head, nn.Linear) and own_class.forward is nn.Linear.forward
+    return is_plain and "labels" in inspect.signature(model.forward).parameters
 
 
 def forward_with_loss(model: Any, own_forward: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
@@ -33,6 +37,8 @@ def forward_with_loss(model: Any, own_forward: Callable[..., Any], arguments: tu
     given = {**bound.pop("kwargs", {}), **bound}
     labels = given.pop("labels", None)
     usual = given.get("return_dict") is not False and _is_default(given.get("logits_to_keep")) and _has_usual_loss(model)
+    head = model.get_output_embeddings()
+    usual = usual and not head._forward_hooks and not head._forward_pre_hooks  # which want to see the logits, or change them
     if labels is None or not usual:
         return own_forward(*arguments, **keywords)
     own_loss = {
@@ -88,9 +94,9 @@ def causal_lm_loss(
     place_T = counts_T.nonzero().squeeze(1)
     if len(place_T) < len(labels_T):
         h_TN, labels_T = h_TN.index_select(0, place_T), labels_T[place_T]
-    coordinates = head._parameters.get(COORDINATES)
+    coordinates = head._parameters.get(COORDINATES) if head.weight.requires_grad else None
     kind = LossKind(getattr(model.config, "final_logit_softcapping", None) or 0.0, label_smoothing)
-    is_trained = coordinates is not None or any(parameter.requires_grad for parameter in head.parameters())
+    is_trained = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
     if h_TN.requires_grad and torch.is_grad_enabled() and not is_trained:
         total = frozen_head_cross_entropy(h_TN, head.weight, head.bias, labels_T, kind)
     else:

@@ -44,8 +44,8 @@ def _rows(width: int, like: Tensor) -> Tensor | None:
 
 def norm_kind(module: nn.Module, like: Tensor) -> NormKind | None:
     """The norm that ``module`` computes over its last dimension, or None. ``like``: any parameter of the model."""
-    if any(True for _ in module.children()) or set(module._parameters) - {"weight", "bias"}:
-        return None
+    if any(True for _ in module.children()) or module._buffers or set(module._parameters) - {"weight", "bias"}:
+        return None  # with buffers: a batch norm, which a trial would move
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if weight is not None:
         if weight.dim() != 1 or "Norm" not in type(module).__name__:
@@ -73,7 +73,11 @@ def norm_kind(module: nn.Module, like: Tensor) -> NormKind | None:
     ]
     errors = [_error(module.forward, partial(norm_value, weight_N=weight, bias_N=bias, kind=kind), x) for kind in kinds]
     best = min(range(len(kinds)), key=lambda place: errors[place])
-    return kinds[best] if errors[best] <= _TOLERANCE[x.dtype] else None
+    if errors[best] > _TOLERANCE[x.dtype]:
+        return None
+    twin = partial(norm_value, weight_N=weight, bias_N=bias, kind=kinds[best])
+    in_rows = x[None].expand(2, -1, -1)  # where a group norm mixes what lies between batch and width
+    return kinds[best] if _error(module.forward, twin, in_rows) <= _TOLERANCE[x.dtype] else None
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -95,9 +99,11 @@ def activation_kind(module: nn.Module, like: Tensor) -> ActivationKind | None:
     """The activation that ``module`` computes element by element, or None."""
     if any(True for _ in module.children()) or module._parameters or module._buffers or like.is_meta:
         return None
-    x = torch.linspace(-6.0, 6.0, 97).to(device=like.device, dtype=like.dtype)[None]
+    near = torch.linspace(-6.0, 6.0, 97).to(device=like.device, dtype=like.dtype)[None]
+    far = near.new_tensor([[-100.0, -30.0, -10.0, 10.0, 30.0, 100.0]])  # where clipped ones differ
     for kind in get_args(ActivationKind):
-        if _error(module.forward, partial(activation_value, kind=kind), x) <= _TOLERANCE[x.dtype] / 8:
+        twin = partial(activation_value, kind=kind)
+        if all(_error(module.forward, twin, x) <= _TOLERANCE[x.dtype] / 8 for x in (near, far)):
             return kind
     return None
 
@@ -133,7 +139,12 @@ def gated_layout(module: nn.Module, like: Tensor) -> GatedLayout | None:
         if len(kinds) != 1 or len(others) != 1 or x is None:
             continue
         layout = GatedLayout(kinds[0], gate, up, down)
-        if _error(module.forward, partial(gated_forward, module, layout), x) <= _TOLERANCE[x.dtype]:
+        twin = partial(gated_forward, module, layout)
+        was_training, errors = module.training, []
+        for module.training in (False, True):  # a module may drop by a number of its own in training
+            errors.append(_error(module.forward, twin, x))
+        module.training = was_training
+        if max(errors) <= _TOLERANCE[x.dtype]:
             return layout
     return None
 

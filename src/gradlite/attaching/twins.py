@@ -75,6 +75,11 @@ class _TwinState(_Twin):
         return result
 
 
+def _trained(coordinates: Tensor, weight: Tensor) -> Tensor:
+    """The coordinates, which ask for no gradient where the weight was frozen after it had been attached."""
+    return coordinates if weight.requires_grad else coordinates.detach()
+
+
 class TwinLinear(nn.Linear):
     """``nn.Linear`` whose weight's gradient is absorbed as coordinates."""
 
@@ -88,7 +93,8 @@ class TwinLinear(nn.Linear):
         collector, holder = self.gradlite_collector, self.gradlite_holder
         collector.reads(input)
         projector = collector if holder.projects else None
-        return subspace_linear(input, self.weight, self.bias, self.gradlite_coordinates, collector, holder, projector)
+        coordinates = _trained(self.gradlite_coordinates, self.weight)
+        return subspace_linear(input, self.weight, self.bias, coordinates, collector, holder, projector)
 
 
 class TwinEmbedding(nn.Embedding):
@@ -101,7 +107,8 @@ class TwinEmbedding(nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Embedding.forward``."""
         self.gradlite_collector.window.open_if_cleared()
-        return subspace_embedding(input, self.weight, self.gradlite_coordinates, self.padding_idx, self.gradlite_collector)
+        coordinates = _trained(self.gradlite_coordinates, self.weight)
+        return subspace_embedding(input, self.weight, coordinates, self.padding_idx, self.gradlite_collector)
 
 
 class _TwinOperator(nn.Module):
@@ -112,10 +119,10 @@ class _TwinOperator(nn.Module):
     @torch.compiler.disable
     def forward(self, *arguments: Tensor, **keywords: Tensor) -> Tensor:
         """As the module's own, which runs where nothing waits for backward."""
-        if not torch.is_grad_enabled():
+        given = [value for value in (*arguments, *keywords.values()) if value is not None]
+        if not torch.is_grad_enabled() or len(given) != 1:  # a gated norm, say, may be called with and without its gate
             return super().forward(*arguments, **keywords)
-        (x,) = (*arguments, *keywords.values())
-        return self._operate(x)
+        return self._operate(given[0])
 
     @abstractmethod
     def _operate(self, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The `gradlite` command: its verbs, `--version`, and how a mistake is told (one sentence on stderr, exit code 2)."""
 
+import io
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -38,9 +39,20 @@ def _gradlite(
 
 def main() -> None:
     """Run the command line and end the process with its exit code: 0; 2 for bad input; 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that has no ⟦ must not end a run
     try:
         sys.exit(app(prog_name="gradlite", standalone_mode=False))
     except (GradLiteError, typer.TyperException) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-        typer.echo(f"error: {message}", err=True)
-        sys.exit(2)
+        _tell(message)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _tell(f"{str(error.filename)!r} cannot be used: {error.strerror}; give another path, or the rights to it.")
+
+
+def _tell(message: str) -> None:
+    typer.echo(f"error: {message}", err=True)
+    sys.exit(2)

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from gradlite.compare.record import ByCategory, Record
-from gradlite.compare.tables import at_best_rate, by_name
+from gradlite.compare.tables import at_best_rate, by_name, with_equal_batches
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 _DASHES = ("-", "--", ":")
@@ -82,8 +82,9 @@ def draw_trade_off(records: Sequence[Record], path: Path) -> bool:
     points = []
     for name, runs in by_name(records).items():
         chosen = at_best_rate(runs)
-        peaks = [run.memory.peak_above_weights_bytes / _GB for run in chosen if run.memory]
-        speeds = [run.tokens_per_second.median for run in chosen if run.tokens_per_second]
+        alike = with_equal_batches(chosen)
+        peaks = [run.memory.peak_above_weights_bytes / _GB for run in alike if run.memory]
+        speeds = [run.tokens_per_second.median for run in alike if run.tokens_per_second]
         losses = [run.final_held_out_loss for run in chosen if run.final_held_out_loss is not None]
         if peaks and speeds:
             points.append((name, median(peaks), median(speeds), mean(losses) if losses else None))

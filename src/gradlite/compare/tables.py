@@ -142,6 +142,15 @@ def sweep_of(runs: Sequence[Record]) -> list[Record]:
     return [run for run in runs if run.seed == max(seeds, key=seeds.count)]
 
 
+def with_equal_batches(runs: Sequence[Record]) -> list[Record]:
+    """The runs whose memory and speed say something beside other rows': all, where every step has as many tokens (as in runs
+    that only measure), and else the one of the lowest seed, which all rows have and which gives them the same batches.
+    """
+    if all(run.full_rows or not run.held_out for run in runs):
+        return list(runs)
+    return [run for run in runs if run.seed == min(run.seed for run in runs)]
+
+
 def at_best_rate(runs: Sequence[Record]) -> list[Record]:
     """The good runs of one row at the rate that was best on the first seed."""
     best = best_rate(sweep_of(runs))

@@ -49,10 +49,6 @@ _PACKAGES = (
     "apollo-torch", "badam", "ista-daslab-optimizers",
 )  # fmt: skip
 
-_SEEDED = ("gradlite", "mesp", "mezo")
-"""Methods with an option ``seed``. The others draw from torch's generator, where they draw at all; but apollo-torch seeds its
-projections by the parameter's number, so that they are the same in every run."""
-
 
 def work(spec: RunSpec, command: str) -> Record:
     """Do one run and return its record; errors become a record with their reason.
@@ -151,7 +147,7 @@ class _Run:
 
     def _build(self) -> tuple[Method, LRScheduler]:
         spec = self.spec
-        own = {"seed": spec.seed} if spec.method in _SEEDED else {}
+        own = {"seed": spec.seed} if spec.method in methods.SEEDED else {}
         method = methods.build(spec.method, self.model, lr=spec.lr, **{**own, **spec.options})
         name = "constant_with_warmup" if spec.schedule == "constant" else spec.schedule
         scheduler: LRScheduler = get_scheduler(name, method.optimizer, spec.warmup_steps, spec.steps)

@@ -31,7 +31,12 @@ class Shelf:
         return {"_entries": []}
 
     def offer(self, x: Tensor, held: Held, dtype: torch.dtype | None = None) -> None:
-        """Whoever asks for ``x`` (contiguous, unchanged since), in ``dtype`` if it is given, from now on gets ``held``."""
+        """Whoever asks for ``x`` (unchanged since), in ``dtype`` if it is given, from now on gets ``held``.
+
+        A tensor that is not contiguous is not remembered: its transpose has the same storage, and would be taken for it.
+        """
+        if not x.is_contiguous():
+            return
         self._entries = [entry for entry in self._entries[-_LIMIT:] if not entry.storage.expired()]
         self._entries.append(_Entry(x, held, dtype))
 

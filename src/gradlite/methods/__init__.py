@@ -43,6 +43,11 @@ _HOME = {
 }
 
 
+SEEDED = ("gradlite", "mesp", "mezo")
+"""Methods with an option ``seed``. The others draw from torch's generator, where they draw at all; but apollo-torch seeds its
+projections by the parameter's number, so that they are the same in every run."""
+
+
 def names() -> tuple[str, ...]:
     """All methods that :func:`build` knows."""
     return tuple(_HOME)

@@ -88,8 +88,10 @@ def ia3(
     checkpointing: bool = False,
 ) -> Method:
     """PEFT's (IA)³ on the layers that PEFT names for the kind of model (keys, values and the MLP's last layer). Its authors use
-    a learning rate of 3e-3.
+    a learning rate of 3e-3. Weight decay is refused: it would draw scales, which do nothing at 1, towards 0.
     """
+    if weight_decay:
+        raise GradLiteError("method 'ia3' has no use for weight decay, which would draw its scales from 1 to 0; leave it out.")
     peft = _import_peft("ia3")
     config = peft.IA3Config(target_modules=target_modules, feedforward_modules=feedforward_modules, task_type="CAUSAL_LM")
     return _adapted("ia3", model, config, lr, betas, eps, weight_decay, checkpointing)

@@ -226,7 +226,10 @@ def _param_groups(
     defaults: dict[str, Any],
     overrides: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """One group for projected weights, one for plain matrices, one (undecayed) for norms and biases, and one an override."""
+    """One group for projected weights, one for plain matrices, one (undecayed) for norms and biases, and one an override.
+
+    An override that has norms or biases and says nothing of ``weight_decay`` makes two groups: they stay undecayed.
+    """
     trained: dict[str, Tensor] = {
         name: collector.coordinates for (name, _), collector in zip(projected, window.collectors, strict=True)
     }
@@ -246,7 +249,12 @@ def _param_groups(
         unknown = set(settings) - set(defaults)
         if unknown:
             raise GradLiteError(f"unknown setting {min(unknown)!r} in a group; known: {', '.join(defaults)}.")
-        groups.append({**defaults, **settings, "params": [trained.pop(name) for name in names]})
+        vectors = [] if "weight_decay" in settings else [name for name in names if name in plain and own[name].dim() < 2]
+        others = [name for name in names if name not in vectors]
+        if others:
+            groups.append({**defaults, **settings, "params": [trained.pop(name) for name in others]})
+        if vectors:
+            groups.append({**defaults, **settings, "weight_decay": 0.0, "params": [trained.pop(name) for name in vectors]})
     names_by_kind = {
         "projected": [name for name in trained if name not in plain],
         "matrices": [name for name in trained if name in plain and own[name].dim() >= 2],

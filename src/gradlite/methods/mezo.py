@@ -13,8 +13,6 @@ A step is (seed, g, learning rates): :func:`rebuild` makes the weights again fro
 """
 
 import functools
-import hashlib
-import struct
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
@@ -26,7 +24,7 @@ from torch.optim import Optimizer
 
 from gradlite.errors import GradLiteError
 from gradlite.methods.method import Claims, Method, Rate, param_groups, trainable
-from gradlite.ops.random_state import random_state, restored
+from gradlite.ops.random_state import random_state, restored, seed_of
 from gradlite.optim.rounding import TILE, NoiseTable, dense_update_
 
 _SEEDS = 1 << 31
@@ -39,7 +37,7 @@ def mezo(
     *,
     epsilon: Annotated[float, Field(gt=0)] = 1e-3,
     weight_decay: Rate = 0.0,
-    seed: Annotated[int, Field(ge=0, lt=_SEEDS)] = 0,
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0,
 ) -> Method:
     """Trains whatever asks for a gradient: all weights, or the adapter of a PEFT model. ``epsilon`` is the authors'; their
     learning rates are about 1e-6 for all weights and 1e-4 for adapters.
@@ -60,7 +58,7 @@ def direction(parameter: Tensor, seed: int) -> Iterator[tuple[int, Tensor]]:
 
 def draw(optimizer: "ZerothOrderSGD", parameter: nn.Parameter) -> Tensor:
     """``z`` of one tensor in the step that is under way, float32, in its shape."""
-    seed = parameter_seed(optimizer.seed, optimizer.numbers[id(parameter)])
+    seed = seed_of(optimizer.seed, optimizer.numbers[id(parameter)])
     return torch.cat([z for _, z in direction(parameter, seed)]).view(parameter.shape)
 
 
@@ -121,13 +119,6 @@ def step_seed(seed: int, number: int) -> int:
     return (seed * 40_503 + number * 1_327_217_885 + 1) % _SEEDS
 
 
-def parameter_seed(seed: int, number: int) -> int:
-    """Each tensor's own, so that tensors can be perturbed in any order. 32 bits, of which each depends on all of both numbers:
-    a CPU's generator looks at no more.
-    """
-    return int.from_bytes(hashlib.blake2b(struct.pack("<QQ", seed, number), digest_size=4).digest(), "little")
-
-
 @torch.no_grad()
 def _apply(groups: list[dict[str, Any]], row: list[float]) -> None:
     seed, projected, rates = int(row[0]), row[1], row[2:]
@@ -135,7 +126,7 @@ def _apply(groups: list[dict[str, Any]], row: list[float]) -> None:
     for group, rate in zip(groups, rates, strict=True):
         decay = 1.0 - rate * group["weight_decay"]
         for parameter in group["params"]:
-            own_seed = parameter_seed(seed, number)
+            own_seed = seed_of(seed, number)
             if noise is None and parameter.dtype == torch.bfloat16:
                 noise = NoiseTable(torch.Generator().manual_seed(seed), parameter.device)
             flat = parameter.data.view(-1)
@@ -211,7 +202,7 @@ class Perturbation:
 
     @torch.no_grad()
     def _perturbed(self, parameter: nn.Parameter) -> Tensor:
-        seed = parameter_seed(self._optimizer.seed, self._optimizer.numbers[id(parameter)])
+        seed = seed_of(self._optimizer.seed, self._optimizer.numbers[id(parameter)])
         result = torch.empty_like(parameter.data, memory_format=torch.contiguous_format)
         flat, flat_result = parameter.data.reshape(-1), result.view(-1)
         for start, z in direction(parameter, seed):

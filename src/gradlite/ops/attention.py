@@ -207,6 +207,8 @@ def _flash_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal
     if q.is_cuda:
         if is_causal and q.shape[2] != k.shape[2]:  # its triangle ends at the last key, PyTorch's at the first
             return False
+        if torch.cuda.get_device_capability(q.device) < (8, 0):  # PyTorch's flash kernels begin with Ampere
+            return False
         return mask is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
     return q.device.type == "cpu"
 

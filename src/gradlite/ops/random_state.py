@@ -1,5 +1,7 @@
 """The random generator's state, kept to draw the same numbers again in backward."""
 
+import hashlib
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,3 +31,12 @@ def restored(state: Tensor | None, device: torch.device) -> Iterator[None]:
         else:
             torch.set_rng_state(state)
         yield
+
+
+def seed_of(*numbers: int) -> int:
+    """A generator's seed from numbers of 0 to 2⁶³ − 1: 32 bits, of which each depends on all of them.
+
+    A CPU's generator looks at no more, so that sums and shifts of large numbers would repeat.
+    """
+    packed = struct.pack(f"<{len(numbers)}q", *numbers)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=4).digest(), "little")

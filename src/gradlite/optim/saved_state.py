@@ -36,7 +36,8 @@ def restore_window(window: Window, saved: Mapping[str, Any]) -> None:
         window.generator.manual_seed(int(generator_state.long().sum()))
     shares = saved.get("shares_inside", [None] * len(window.collectors))  # states written before they were kept have none
     for collector, share in zip(window.collectors, shares, strict=True):
-        collector.share_inside = None if share is None else torch.tensor(share, dtype=torch.float64)
+        device = collector.coordinates.device  # shares are stacked, so they must lie together
+        collector.share_inside = None if share is None else torch.tensor(share, dtype=torch.float64, device=device)
 
 
 def shares_inside(collectors: Sequence[Collector]) -> list[float | None]:

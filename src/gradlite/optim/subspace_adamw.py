@@ -23,13 +23,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradlite.errors import GradLiteError
+from gradlite.ops.random_state import seed_of
 from gradlite.optim.adam import subspace_scale
 from gradlite.optim.member_step import Feedback, MemberStep, SubspaceStep, carry_moments, tick
 from gradlite.optim.moments import MomentsFormat, moments_for
 from gradlite.optim.rounding import NoiseTable, dense_update_, low_rank_update_
 from gradlite.optim.saved_state import check_fits, restore_window, saved_window
 from gradlite.optim.state_bytes import bytes_now, bytes_to_come
-from gradlite.subspace.basis import refreshed_basis
+from gradlite.subspace.basis import exponent_of, refreshed_basis
 from gradlite.subspace.collector import Basis, Collector, Coordinates, Window
 from gradlite.subspace.energy import outside_probes, share_inside
 from gradlite.subspace.feedback import ErrorMemory, FactoredMemory, FullMemory, Int4Memory
@@ -112,11 +113,16 @@ class SubspaceAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with torch.autocast(self._window.residual_norm.device.type, enabled=False):  # bases and moments keep their formats
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         if not self._all_finite():
             self.skipped_steps += 1
             self.skipped_in_a_row += 1
             self._window.clear()
-            return loss
+            return
         self.skipped_in_a_row = 0
         noise = NoiseTable(self._window.generator, self._window.residual_norm.device)
         clip = self._window.clip_factor()
@@ -143,7 +149,6 @@ class SubspaceAdamW(Optimizer):
         self._window.clear()
         self._global_step += 1
         self._mark_due()
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and the samples that belong to them."""
@@ -222,8 +227,9 @@ class SubspaceAdamW(Optimizer):
             basis.probes_NK = None
             measured = (self._global_step + index) % (REFRESHES_A_MEASUREMENT * self._refresh_interval) == 0
             if basis.due and measured and basis.matrix_NR is not None:
-                seed = self._window.generator.initial_seed() + (self._global_step << 20) + index
+                seed = seed_of(self._window.generator.initial_seed() % 2**63, self._global_step, index)
                 basis.probes_NK = outside_probes(basis.matrix_NR, seed)
+        probes: dict[int, list[tuple[Collector, Tensor]]] = defaultdict(list)
         for collector in self._window.collectors:
             collector.probe_MR = None
             state = self.state.get(collector.coordinates)
@@ -231,7 +237,11 @@ class SubspaceAdamW(Optimizer):
                 if not state:  # no gradient has reached this weight yet: it has no say in where the basis goes
                     continue
                 exp_avg_MR, _ = self._subspace_step.moments_of(collector).read(state, collector.coordinates.shape)
-                collector.probe_MR = exp_avg_MR.to(collector.coordinates.dtype)
+                probes[id(collector.basis)].append((collector, exp_avg_MR))
+        for of_basis in probes.values():
+            exponent = exponent_of(*(exp_avg_MR for _, exp_avg_MR in of_basis))
+            for collector, exp_avg_MR in of_basis:  # the sketch's length means nothing, and float16 has no small numbers
+                collector.probe_MR = torch.ldexp(exp_avg_MR, -exponent).to(collector.coordinates.dtype)
 
     # ---- what is saved --------------------------------------------------------------------------------------------
 

@@ -4,9 +4,13 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gradlite.compare.record import Record
-from gradlite.compare.tables import at_best_rate, by_name
+from gradlite.compare.tables import at_best_rate, by_name, with_equal_batches
+
+WORK = ("model", "dataset", "dtype", "batch_size", "seq_len", "steps", "schedule", "warmup_steps")
+"""What makes two records of an experiment comparable."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +44,20 @@ class Row:
 
     @property
     def peak_bytes(self) -> float | None:
-        return _median(record.memory.peak_bytes for record in self.best if record.memory)
+        return _median(record.memory.peak_bytes for record in self.alike if record.memory)
 
     @property
     def peak_above_weights_bytes(self) -> float | None:
-        return _median(record.memory.peak_above_weights_bytes for record in self.best if record.memory)
+        return _median(record.memory.peak_above_weights_bytes for record in self.alike if record.memory)
 
     @property
     def tokens_per_second(self) -> float | None:
-        return _median(record.tokens_per_second.median for record in self.best if record.tokens_per_second)
+        return _median(record.tokens_per_second.median for record in self.alike if record.tokens_per_second)
+
+    @property
+    def alike(self) -> list[Record]:
+        """The runs whose memory and speed can stand beside other rows'."""
+        return with_equal_batches(self.best)
 
     @property
     def shown(self) -> Record | None:
@@ -75,9 +84,23 @@ class Group:
 
 
 def group(records: Sequence[Record]) -> list[Group]:
-    """The experiments in the order in which they come; their rows by loss, or else by memory, those without a result last."""
-    experiments = dict.fromkeys(record.experiment for record in records)
-    return [Group(name, _rows([record for record in records if record.experiment == name])) for name in experiments]
+    """The experiments in the order in which they come; their rows by loss, or else by memory, those without a result last.
+
+    Records of one experiment's name that did different work (another model, say) are groups of their own, named by it.
+    """
+    of_work: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        runs = of_work.setdefault((record.experiment, *(getattr(record, key) for key in WORK)), [])
+        if record not in runs:  # the same file given twice
+            runs.append(record)
+    return [Group(_name(work, list(of_work)), _rows(runs)) for work, runs in of_work.items()]
+
+
+def _name(work: tuple[Any, ...], all_works: Sequence[tuple[Any, ...]]) -> str:
+    """The experiment's, and of works that share it what tells them apart."""
+    namesakes = [other for other in all_works if other[0] == work[0]]
+    varying = [place for place in range(1, len(work)) if len({other[place] for other in namesakes}) > 1]
+    return ", ".join([str(work[0]), *(f"{WORK[place - 1].replace('_', ' ')} {work[place]}" for place in varying)])
 
 
 def _rows(records: Sequence[Record]) -> list[Row]:

@@ -37,10 +37,18 @@ def gradient_basis(factors: GradientFactors, start_NR: Tensor, iterations: int =
     basis_NR = start_NR
     for _ in range(iterations):
         coordinates_MR = factors.left_t_matmul(factors.right_TN @ basis_NR)
+        # GᵀGP has the gradient's square in it, which would leave float16.
+        coordinates_MR = torch.ldexp(coordinates_MR, -exponent_of(coordinates_MR))
         pulled_NR = pull_back(factors, coordinates_MR)
         # A gradient of zero (the layer above starts at zero, say) names no direction: the start is kept.
         basis_NR = torch.where((pulled_NR != 0).any(), orthonormalize(pulled_NR), basis_NR)
     return basis_NR
+
+
+def exponent_of(*tensors: Tensor) -> Tensor:
+    """The power of two, an int32 scalar, that the largest element has: dividing by it rounds nothing."""
+    largest = torch.stack([tensor.abs().amax().float() for tensor in tensors]).amax()
+    return torch.frexp(torch.where(largest.isfinite(), largest, 1.0)).exponent
 
 
 def activation_basis(rows_TN: Tensor, start_NR: Tensor, iterations: int = 2) -> Tensor:
@@ -62,10 +70,12 @@ has fewer tokens than the rank; QR would fill those with arbitrary vectors."""
 
 
 def refreshed_basis(sketch_NR: Tensor, basis_NR: Tensor) -> Tensor:
-    """The basis after a refresh: ``orth(Y/‖Y‖ + INERTIA·P/‖P‖)``; the old one where the sketch is zero."""
+    """The basis after a refresh: ``orth(Y/‖Y‖ + INERTIA·P/‖P‖)``; the old one where the sketch is zero or not finite."""
     compute = torch.promote_types(basis_NR.dtype, torch.float32)
     sketch_NR = sketch_NR.to(compute)
     norm = torch.linalg.vector_norm(sketch_NR).clamp_min(torch.finfo(compute).tiny)
+    sketch_NR = torch.where(norm.isfinite(), sketch_NR, 0.0)
+    norm = torch.where(norm.isfinite(), norm, 1.0)
     old_NR = basis_NR.to(compute)
     blended_NR = sketch_NR / norm + (INERTIA / old_NR.shape[1] ** 0.5) * old_NR
     return orthonormalize(blended_NR).to(basis_NR.dtype)

@@ -38,15 +38,21 @@ class Coordinates(nn.Parameter):
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Coordinates":
         if id(self) not in memo:
-            memo[id(self)] = Coordinates(tuple(self.shape), self)
+            memo[id(self)] = _coordinates(tuple(self.shape), self, self.requires_grad)
         return memo[id(self)]  # type: ignore[return-value]
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
-        return Coordinates, (tuple(self.shape), torch.zeros((), dtype=self.dtype))
+        return _coordinates, (tuple(self.shape), torch.zeros((), dtype=self.dtype, device=self.device), self.requires_grad)
 
     def drop_storage(self) -> None:
         """Back to one expanded element, after ``.to()`` has made a full copy."""
         self.data = torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
+
+
+def _coordinates(shape: tuple[int, ...], like: Tensor, requires_grad: bool) -> Coordinates:
+    coordinates = Coordinates(shape, like)
+    coordinates.requires_grad_(requires_grad)
+    return coordinates
 
 
 class Basis:
@@ -69,7 +75,7 @@ class Window:
     ``residual_norm`` is a one-element parameter whose ``.grad`` is the estimate of ``‖R‖`` over all weights of the window.
     Stock gradient clipping therefore sees the norm of the gradient with what the basis misses, and scales both; the
     optimizer reads the factor back from it, and no second backward pass is needed. The estimate is that of
-    :meth:`ResidualSample.off_diagonal`, not ``‖R̂‖``: a sample of few tokens is several times longer than what it stands for.
+    :meth:`Collector.residual_squared`, not ``‖R̂‖``: a sample of few tokens is several times longer than what it stands for.
     """
 
     def __init__(self, kind: BasisKind, sample_residual: bool, seed: int, like: Tensor) -> None:
@@ -227,6 +233,8 @@ class Collector:
             self.basis.matrix_NR = fn(self.basis.matrix_NR)
         if self.basis.probes_NK is not None:
             self.basis.probes_NK = fn(self.basis.probes_NK)
+        if self.share_inside is not None:
+            self.share_inside = self.share_inside.to(self.coordinates.device)
         self.window.follow(self.coordinates.device)
 
     def __call__(self, factors: GradientFactors) -> Tensor:

@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic.fields import FieldInfo
 
 from gradlite.errors import GradLiteError
-from gradlite.methods import names
-from gradlite.train.yaml_file import read_mapping
+from gradlite.methods import SEEDED, names
+from gradlite.train.yaml_file import UniqueKeyLoader, read_mapping
 
 MODEL_AND_DATA = "Model and data"
 GRADLITE = "GradLite"
@@ -290,7 +290,10 @@ class TrainConfig(BaseModel):
     @field_validator("output_dir")
     @classmethod
     def _expand_home(cls, path: Path) -> Path:
-        return path.expanduser()
+        try:
+            return path.expanduser()
+        except RuntimeError as error:  # ~somebody
+            raise ValueError("no such home directory") from error
 
     @field_validator("name")
     @classmethod
@@ -355,7 +358,8 @@ class TrainConfig(BaseModel):
         if self.method == "gradlite":
             return self.optimizer_keywords()
         rank = {} if self.lora_rank is None else {"rank": self.lora_rank}
-        return {"lr": self.lr, "weight_decay": self.weight_decay, **rank, **(self.method_options or {})}
+        seed = {"seed": self.seed} if self.method in SEEDED else {}
+        return {"lr": self.lr, "weight_decay": self.weight_decay, **seed, **rank, **(self.method_options or {})}
 
     def afresh(self) -> Self:
         """The same run without `resume` and `overwrite`, which say what becomes of an earlier one."""
@@ -401,7 +405,7 @@ class TrainConfig(BaseModel):
 
 def _mapping(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ValueError("not a YAML mapping") from error
 
@@ -438,8 +442,8 @@ def _int_or_float(text: str) -> int | float:
     if "/" in text:
         try:
             return float(Fraction(text.replace(" ", "")))
-        except ZeroDivisionError:
-            raise ValueError("division by zero") from None
+        except (ZeroDivisionError, OverflowError) as error:
+            raise ValueError("no number") from error
     try:
         return int(text)
     except ValueError:

@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from gradlite.errors import GradLiteError
 from gradlite.train.config import TrainConfig
-from gradlite.train.files import finite, write_json, write_text
+from gradlite.train.files import WRITING, finite, write_json, write_text
 
 RECORD, CONFIG, METRICS, CHECKPOINTS = "run.json", "config.yaml", "metrics.jsonl", "checkpoints"
 _MADE_BY = "gradlite"
@@ -106,6 +106,9 @@ class RunDirectory:
             else:
                 self.path.rmdir()  # empty, or it would not have passed the check
         self.path.mkdir(parents=True, exist_ok=True)
+        for folder in (self.path, self.checkpoints):
+            for left_over in folder.glob(f"{WRITING}*"):  # by a process that was killed
+                shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
         self.write_record({**record, "status": "running"})
         write_text(self.path / CONFIG, config.afresh().to_yaml())
         if checkpoint is not None:

@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+WRITING = ".writing-"
+"""What names of files and directories that are not whole yet begin with."""
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file at once: readers see the old one or the new one, never half of it."""
-    handle, name = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=WRITING, dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
@@ -32,7 +35,7 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
     """A temporary directory whose files move into `target` when the block ends well, and vanish when it does not."""
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=target) as name:
+    with tempfile.TemporaryDirectory(prefix=WRITING, dir=target) as name:
         yield Path(name)
         for entry in sorted(Path(name).iterdir()):
             destination = target / entry.name

@@ -102,7 +102,7 @@ def _layout(found: Iterable[str]) -> tuple[str, ...] | None:
 def _example(columns: tuple[str, ...], row: Mapping[str, Any], where: str) -> Example | None:
     if columns == ("messages",):
         turns = _messages(row.get("messages"), f"messages in {where}")
-        return Conversation(turns) if any(turn["role"] == "assistant" for turn in turns) else None
+        return Conversation(turns) if any(map(says_something, turns)) else None
     if columns == ("text",):
         text = _string(row.get("text"), f"text in {where}")
         return Text(text) if text.strip() else None
@@ -130,7 +130,7 @@ def _conversational_pair(prompt: Any, completion: Any, where: str) -> Conversati
         if isinstance(completion, list)
         else ({"role": "assistant", "content": _string(completion, f"completion in {where}")},)
     )
-    if not asked or not any(turn["role"] == "assistant" and turn.get("content") != "" for turn in told):
+    if not asked or not any(map(says_something, told)):
         return None
     return Conversation((*asked, *told), first_trained=len(asked))
 
@@ -145,14 +145,31 @@ def _messages(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
     for turn in value:
         if not isinstance(turn.get("content"), str | None):
             raise GradLiteError(f"{where} has a message whose content is not text.")
+        _check_encodable(turn.get("content") or "", where)
     return tuple({key: part for key, part in turn.items() if part is not None or key == "content"} for turn in value)
 
 
+def says_something(turn: Mapping[str, Any]) -> bool:
+    """Whether the assistant says something in this turn, or calls a tool: silence is not to be learned."""
+    return turn["role"] == "assistant" and bool((turn.get("content") or "").strip() or turn.get("tool_calls"))
+
+
+def _check_encodable(text: str, where: str) -> None:
+    """Half a surrogate pair, such as a cut emoji in scraped JSON, is no character that a tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise GradLiteError(
+            f"{where} has half a surrogate pair at character {error.start + 1}, as a cut emoji leaves it; remove or replace it."
+        ) from None
+
+
 def _string(value: Any, where: str) -> str:
-    if value is None:
+    if value is None or value != value:  # NaN is how tables say that there is none
         return ""
     if isinstance(value, str):
+        _check_encodable(value, where)
         return value
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     raise GradLiteError(f"{where} is {type(value).__name__}, but must be text.")

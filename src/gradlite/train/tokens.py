@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from gradlite.errors import GradLiteError
-from gradlite.train.formats import Conversation, Example, Pair, Text
+from gradlite.train.formats import Conversation, Example, Pair, Text, says_something
 
 IGNORED = -100  # cross-entropy leaves labels of this value out
 
@@ -113,7 +113,7 @@ class _Renderer:
         ids = self._ids(text, add_special_tokens=False)
         is_answer = [False] * len(ids)
         turns = range(max(1, conversation.first_trained), len(messages))
-        trained = [number for number in turns if messages[number]["role"] == "assistant"]
+        trained = [number for number in turns if says_something(messages[number])]
         rewritten = False
         for number in trained:
             end_text = text if number == len(messages) - 1 else self._render(messages[: number + 1])

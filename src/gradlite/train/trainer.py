@@ -24,6 +24,7 @@ from gradlite.errors import GradLiteError
 from gradlite.evaluate.held_out import HeldOutLoss, held_out_loss
 from gradlite.methods.method import Method
 from gradlite.train.config import TrainConfig
+from gradlite.train.files import WRITING
 from gradlite.train.loss import summed_loss
 from gradlite.train.method_optimizer import MethodOptimizer
 
@@ -133,7 +134,7 @@ class GradLiteTrainer(Trainer):
             return
         target = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=target.parent) as staging:
+        with tempfile.TemporaryDirectory(prefix=WRITING, dir=target.parent) as staging:
             self._staging = staging
             try:
                 super()._save_checkpoint(model, trial)

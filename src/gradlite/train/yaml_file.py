@@ -9,7 +9,7 @@ import yaml
 from gradlite.errors import GradLiteError
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """YAML's safe loader, but a key that stands twice is an error instead of the last one silently winning."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -26,7 +26,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def read_mapping(path: Path) -> dict[str, Any]:
     """The file's top-level mapping. Raises `GradLiteError` if it is missing, unreadable, not YAML, or not a mapping."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
     except OSError as error:
         raise GradLiteError(f"the config file {path} cannot be read: {error.strerror or error}.") from None
     except UnicodeDecodeError:
