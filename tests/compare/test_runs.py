@@ -25,17 +25,17 @@ def test_the_first_seed_sweeps_and_the_others_take_the_best_rate() -> None:
     work = experiment()
     specs = sweep(work)
     assert [spec.run for spec in specs[3:5]] == [
-        "paper-small-quality-l-r-8-lr0.0004-seed3",
         "paper-small-quality-l-r-8-lr0.001-seed3",
+        "paper-small-quality-l-r-8-lr0.0025-seed3",
     ]
     assert {spec.seed for spec in specs} == {3}
     records = [done(spec, loss) for spec, loss in zip(specs, [2.0, 1.5, None, 1.0, 1.1, 1.2], strict=True)]
     later = further_seeds(work, records)
     assert [(spec.label, spec.lr, spec.seed) for spec in later] == [
         ("A", 6e-5, 4),
-        ("L (r = 8)", 4e-4, 4),
+        ("L (r = 8)", 1e-3, 4),
         ("A", 6e-5, 5),
-        ("L (r = 8)", 4e-4, 5),
+        ("L (r = 8)", 1e-3, 5),
     ]
     assert num_runs(work) == len(specs) + len(later)
 
