@@ -10,6 +10,7 @@ memories receive the same samples and releases. After every addition the part th
 import argparse
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import gsm8k
@@ -69,13 +70,15 @@ def main() -> None:
     blocks = [f"model.layers.{block}.*" for block in (3, 15, 28)]
     optimizer = gradlite.GradLite(model, lr=1e-4, feedback="feedback", feedback_memory="fp32", include=blocks)
     memory = ShadowedMemory(torch.Generator().manual_seed(0))
-    optimizer._memory = memory
+    optimizer._subspace_step = replace(optimizer._subspace_step, memory=memory)
     for step in range(STEPS):
         total, count = gsm8k.loss_sum(model, gsm8k.stack(encoded[4 * step : 4 * step + 4]))
         (total / count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+    if not memory.lost:
+        raise SystemExit("no sample reached the memory: the optimizer keeps it elsewhere now.")
     for name, lost in memory.lost.items():
         figures = {
             "memory": name,

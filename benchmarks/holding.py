@@ -14,6 +14,7 @@ import gc
 import json
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def worker(name: str, batch: int, length: int) -> None:
         "method": name,
         "batch": f"{batch}x{length}",
         "step_seconds": seconds,
-        "tokens_per_second": round(tokens / sorted(seconds)[len(seconds) // 2], 1),
+        "tokens_per_second": round(tokens / median(seconds), 1),
         "state_bytes": state,
         "peak_above_weights_bytes": peak + state,
         "resident_peak_above_weights_bytes": resident_peak,
@@ -108,6 +109,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds must be at least 1")
     for batch, length in (tuple(map(int, text.split("x"))) for text in arguments.batch.split(",")):
         if arguments.worker:
             worker(arguments.only, batch, length)

@@ -9,21 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-import gradlite
+from gradlite.measure.versions import versions
 
 
 def describe() -> dict[str, Any]:
     """The fields that say where and how a record was made; paths given on the command line are shown by name only."""
     words = [Path(word).name if Path(word).is_absolute() or word.startswith("..") else word for word in sys.argv[1:]]
     return {
-        "versions": {
-            "gradlite": gradlite.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "machine": {
             "processor": platform.machine(),
             "threads": torch.get_num_threads(),

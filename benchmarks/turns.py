@@ -4,10 +4,12 @@ So all of them see the same machine, whose speed drifts by a third within minute
 """
 
 import json
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 READY = "ready"
@@ -29,7 +31,7 @@ def take_turns(commands: Mapping[str, Sequence[str]], rounds: int) -> list[dict[
     """Starts a worker for every command, gives each one turn a round, and returns the JSON that each prints last."""
     workers = {name: _start(name, command) for name, command in commands.items()}
     for number in range(rounds):
-        print(number, {name: _turn(worker) for name, worker in workers.items()}, flush=True)
+        print(number, {name: _turn(name, worker) for name, worker in workers.items()}, flush=True)
     records = []
     for worker in workers.values():
         printed, _ = worker.communicate()
@@ -46,9 +48,14 @@ def _start(name: str, command: Sequence[str]) -> subprocess.Popen[str]:
     return worker
 
 
-def _turn(worker: subprocess.Popen[str]) -> float:
+def _turn(name: str, worker: subprocess.Popen[str]) -> float:
     assert worker.stdin is not None
     assert worker.stdout is not None
-    worker.stdin.write("step\n")
-    worker.stdin.flush()
-    return float(worker.stdout.readline())
+    with suppress(BrokenPipeError):
+        worker.stdin.write("step\n")
+        worker.stdin.flush()
+    seconds = worker.stdout.readline()
+    if not seconds:
+        code = worker.wait()
+        raise SystemExit(f"{name} ended with {code}{' (most likely memory ran out)' if code == -signal.SIGKILL else ''}")
+    return float(seconds)

@@ -8,9 +8,12 @@ device, and for the optimizer GradLite on the CPU.
 
 import argparse
 import io
+import os
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 
 import bare
 
@@ -24,7 +27,9 @@ from transformers import PreTrainedModel  # noqa: E402
 import gradlite  # noqa: E402
 from gradlite.attaching import attachment_of  # noqa: E402
 from gradlite.hold.codec import INT8  # noqa: E402
-from gradlite.hold.compiled import is_compiling_enabled, kernel  # noqa: E402
+from gradlite.hold.compiled import ENVIRONMENT_SWITCH, is_compiling_enabled, kernel  # noqa: E402
+from gradlite.optim.moments import Int8Moments  # noqa: E402
+from gradlite.optim.rounding import TABLE, TILE, NoiseTable, low_rank_update_  # noqa: E402
 
 SHAPE = replace(SHAPES["tiny"], hidden=128, mlp=384, vocabulary=1000, seq_len=160)
 HOLDS = ("exact", "int8", "recompute", "recompute-int8", "host")
@@ -40,12 +45,21 @@ def main() -> int:
         print("torch sees no CUDA device; try --device cpu.")
         return 1
     num_failed = 0
-    for check in (gradients, int8_kernels, optimizer_against_cpu, resume, training):
-        for name, has_passed, figures in check(device):
+    for check in (gradients, int8_kernels, compiling, short_formats, optimizer_against_cpu, resume, training):
+        for name, has_passed, figures in _until_an_error(check, device):
             print(f"{'ok    ' if has_passed else 'FAILED'}  {name}: {figures}", flush=True)
             num_failed += not has_passed
     print(f"{num_failed} checks failed." if num_failed else "All checks passed.")
     return 1 if num_failed else 0
+
+
+def _until_an_error(check: Callable[[torch.device], Iterator[Check]], device: torch.device) -> Iterator[Check]:
+    """The checks of one kind; an error is a check that failed, and the other kinds come all the same."""
+    try:
+        yield from check(device)
+    except Exception as error:  # noqa: BLE001 - whatever goes wrong on a device that nobody has tried
+        traceback.print_exc()
+        yield check.__name__, False, f"{type(error).__name__}: {error}"
 
 
 def gradients(device: torch.device) -> Iterator[Check]:
@@ -109,7 +123,6 @@ def int8_kernels(device: torch.device) -> Iterator[Check]:
         noise_TN = torch.randint(256, (700, 384), generator=generator, dtype=torch.uint8).to(device)
         codes, scales = INT8.encode(x_TN, noise_TN)
         compiled_codes, compiled_scales = kernel(_encode)(x_TN, noise_TN)
-        is_compiled = is_compiling_enabled()
         # A product may be contracted or rounded otherwise, which moves a value that stands just at the edge of a code.
         moved = float((codes != compiled_codes).float().mean())
         furthest = int((codes.int() - compiled_codes.int()).abs().max())
@@ -118,7 +131,47 @@ def int8_kernels(device: torch.device) -> Iterator[Check]:
         has_passed = moved < 1e-3 and furthest <= 1 and torch.equal(scales, compiled_scales) and error < 1e-6
         name = f"int8 kernels, {str(dtype).removeprefix('torch.')}"
         figures = f"{moved:.2e} of the codes differ, by at most {furthest}; decoded differ by {error:.1e}"
-        yield name, has_passed, figures if is_compiled else f"{figures} (eager against eager: compiling is off or failed)"
+        yield name, has_passed, figures
+
+
+def compiling(device: torch.device) -> Iterator[Check]:
+    """Whether the kernels so far were compiled: one that cannot be turns compiling off, and GradLite is slower then."""
+    is_off = os.environ.get(ENVIRONMENT_SWITCH) == "0"
+    figures = f"off by {ENVIRONMENT_SWITCH}=0" if is_off else "kernels are compiled" if is_compiling_enabled() else "it failed"
+    yield f"compiling for {device.type}", is_off or is_compiling_enabled(), figures
+
+
+class _SameNoise(NoiseTable):
+    """Numbers that a CPU drew, read from the same places on every device."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(torch.Generator().manual_seed(0), device)
+
+    @cached_property
+    def bits(self) -> Tensor:
+        return torch.randint(1 << 16, (TABLE + TILE,), generator=self._generator, dtype=torch.int32).to(self._device)
+
+
+def short_formats(device: torch.device) -> Iterator[Check]:
+    """GradLite's default arithmetic: 8-bit moments, bfloat16 weights rounded stochastically; on the device and on the CPU."""
+    generator = torch.Generator().manual_seed(1)
+    gradients_MR = [torch.randn(384, 64, generator=generator) for _ in range(3)]
+    weight_MN, right_NR = torch.randn(384, 512, generator=generator), torch.randn(512, 64, generator=generator)
+    ends = []
+    for place in (torch.device("cpu"), device):
+        moments, noise = Int8Moments(), _SameNoise(place)
+        state = moments.init(torch.Size((384, 64)), gradients_MR[0].to(place))
+        weight = weight_MN.to(place, torch.bfloat16)
+        for step, gradient_MR in enumerate(gradients_MR, 1):
+            direction_MR, _ = moments.advance(state, gradient_MR.to(place), step, (0.9, 0.999), 1e-8, noise)
+            low_rank_update_(weight, direction_MR, right_NR.to(place), -1e-2, 1.0, noise)
+        ends.append((direction_MR.cpu(), weight.float().cpu()))
+    (direction, updated), (other_direction, other) = ends
+    moved = updated - weight_MN.bfloat16().float()
+    errors = (float((direction - other_direction).norm() / direction.norm()), float((updated - other).norm() / moved.norm()))
+    # A value at the edge of a code, or of two roundings, may fall to either side.
+    yield "8-bit moments", errors[0] < 0.005, f"directions differ by {errors[0]:.1e}"
+    yield "stochastic rounding", errors[1] < 0.02, f"updates differ by {errors[1]:.1e}"
 
 
 def _encode(x_TN: Tensor, noise_TN: Tensor) -> tuple[Tensor, ...]:

@@ -6,9 +6,10 @@ Needs torch and transformers and downloads nothing; a method whose package is mi
 process of its own and leaves DIR/NAME.json, a record as `gradlite report` reads it. What is recorded is not run again, so a
 command that was stopped, or that ran out of its minutes, is just repeated. DIR/table.md holds the figures of all records.
 
-Peak memory is the allocator's highest mark in the measured steps (on a CPU: live tensors'). Speed is the median of the measured
-steps with the slowest and fastest; the first steps, which compile kernels and make optimizer states, are left out. The share of
-the FLOP floor is the time that a method's matrix products would take at the machine's measured rate, over the time it took.
+Peak memory is the allocator's highest mark in the measured steps (on a CPU: live tensors' in the step before). Speed is the
+median of the measured steps with the slowest and fastest; the first steps, which compile kernels and make optimizer states,
+are left out. The share of the FLOP floor is the time that a method's matrix products would take at the machine's measured rate,
+over the time it took.
 
 GaLore decomposes every projected gradient by SVD in its first step and every 200 after; at this size that takes longer than the
 whole rest. Its projections are made by QR of random matrices instead; one decomposition of each shape is timed apart, and
@@ -17,12 +18,14 @@ its share of a step is added as `svd_seconds_a_step`.
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import sys
 import time
 import traceback
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +34,14 @@ import bare
 bare.import_gradlite()
 
 import torch  # noqa: E402 - gradlite comes first where pydantic is missing
-import transformers  # noqa: E402
 from shapes import IGNORED, SHAPES, Shape, batches, build_model, floor_flops  # noqa: E402
 
-import gradlite  # noqa: E402
 from gradlite import methods  # noqa: E402
 from gradlite.errors import GradLiteError  # noqa: E402
-from gradlite.measure.live_memory import AllocationWatch, weight_bytes  # noqa: E402
+from gradlite.hold.compiled import is_compiling_enabled  # noqa: E402
+from gradlite.measure.live_memory import AllocationWatch, StepMarks, weight_bytes  # noqa: E402
 from gradlite.measure.throughput import rates  # noqa: E402
+from gradlite.measure.versions import versions  # noqa: E402
 from gradlite.methods.method import Method  # noqa: E402
 from gradlite.methods.packages import require_part  # noqa: E402
 from gradlite.train.files import write_json, write_text  # noqa: E402
@@ -57,6 +60,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 WARMUP_STEPS = 4
 MEASURED_STEPS = 10
 LR = 1e-5
+CLIP = 1.0
 START_SECONDS = 60.0
 """A method is not started with less time left: importing and building the model alone take that long."""
 
@@ -72,6 +76,8 @@ def main() -> int:
     if arguments.worker:
         write_json(arguments.out / f"{arguments.worker}.json", run(arguments.worker, arguments.shape))
         return 0
+    if arguments.shape != "tiny" and not torch.cuda.is_available():
+        parser.error(f"torch sees no CUDA device, and on a CPU --shape {arguments.shape} takes hours; try --shape tiny")
     chosen = arguments.methods.split(",")
     unknown = [name for name in chosen if name not in RUNS]
     if unknown:
@@ -93,6 +99,7 @@ def run_all(chosen: list[str], shape: str, out: Path, seconds: float) -> bool:
     for name in chosen:
         path = out / f"{name}.json"
         if path.exists():
+            _check_same_work(path, shape)
             continue
         left = seconds - (time.monotonic() - began)
         if left < START_SECONDS and not is_first:
@@ -112,6 +119,14 @@ def run_all(chosen: list[str], shape: str, out: Path, seconds: float) -> bool:
     return True
 
 
+def _check_same_work(path: Path, shape: str) -> None:
+    """Ends with a sentence where a record is of another shape or machine: beside it the others' would mean nothing."""
+    record, own = json.loads(path.read_text()), _record("adamw", shape, {}, "ok", None)
+    theirs, ours = ((one["experiment"], one["machine"]["device"]) for one in (record, own))
+    if theirs != ours:
+        raise SystemExit(f"{path} is a record of {' on '.join(theirs)}, and this is {' on '.join(ours)}: give another --out.")
+
+
 def run(name: str, shape_name: str) -> dict[str, Any]:
     """One method's record; what goes wrong is in it."""
     shape, (kind, options) = SHAPES[shape_name], RUNS[name]
@@ -121,9 +136,15 @@ def run(name: str, shape_name: str) -> dict[str, Any]:
         rate = matmul_rate(device)
         model = build_model(shape, device)
         weights = sum(weight_bytes(model).values())
-        method = methods.build(kind, model, lr=LR, **options)
-        added = _leave_svd_out(model, method, shape) if kind == "galore" else {}
-        figures = measure(method, shape, device, weights)
+        watch = AllocationWatch(device) if device.type == "cpu" else None  # from here on: it must see the states being made
+        with watch or nullcontext():
+            method = methods.build(kind, model, lr=LR, **options)
+            added = _leave_svd_out(model, method, shape) if kind == "galore" else {}
+            warm = Steps(method, shape, device)
+            warm.run(WARMUP_STEPS, watch)
+        figures = measure(warm, weights, watch)
+        options["max_grad_norm"] = CLIP if method.claims.clipping else None
+        options["compiled"] = is_compiling_enabled()  # false: GradLite's kernels ran in eager mode, slower
     except GradLiteError as error:
         return _record(name, shape_name, options, "failed", str(error))
     except Exception as error:  # noqa: BLE001 - whatever a method stumbles over is its row's reason
@@ -136,38 +157,65 @@ def run(name: str, shape_name: str) -> dict[str, Any]:
     return record
 
 
-def measure(method: Method, shape: Shape, device: torch.device, weights: int) -> dict[str, Any]:
-    """Runs warm-up and measured steps; the parts of a record that they give."""
-    losses, seconds = [], []
-    peak = first_peak = 0
-    work = batches(shape, WARMUP_STEPS + MEASURED_STEPS)
-    began = time.perf_counter()
-    ends = []
-    for number, batch in enumerate(work):
-        if device.type == "cuda" and number in (0, WARMUP_STEPS):
-            torch.cuda.reset_peak_memory_stats(device)
-        # Watching takes time: on a CPU it is done once, before the clock runs.
-        if device.type == "cpu" and number == WARMUP_STEPS - 1:
-            peak, loss = _watched(method, batch)
-        else:
+class Steps:
+    """The steps of one method, one after the other; raises GradLiteError where one of them trains nothing."""
+
+    def __init__(self, method: Method, shape: Shape, device: torch.device) -> None:
+        self.method, self.shape, self.device = method, shape, device
+        self._work = iter(batches(shape, WARMUP_STEPS + MEASURED_STEPS))
+        self._began = time.perf_counter()
+        self.losses: list[float] = []
+        self.ends: list[float] = []
+
+    def run(self, count: int, watch: AllocationWatch | None = None) -> list[float]:
+        """Makes ``count`` steps and returns the seconds of each. ``watch``: of the tensors' memory, which takes time."""
+        seconds = []
+        for _ in range(count):
             start = time.perf_counter()
-            loss = _step(method, batch, device)
-            if number >= WARMUP_STEPS:
-                seconds.append(time.perf_counter() - start)
-        losses.append(loss)
-        ends.append(time.perf_counter() - began)
-        if device.type == "cuda" and number == WARMUP_STEPS - 1:
-            first_peak = torch.cuda.max_memory_allocated(device)
+            with nullcontext() if watch is None else watch.step(self.method.model, self.method.optimizer) as marks:
+                loss = self._step(next(self._work), marks)
+            seconds.append(time.perf_counter() - start)
+            self.losses.append(loss)
+            self.ends.append(time.perf_counter() - self._began)
+            if not math.isfinite(loss):
+                raise GradLiteError(f"the loss is {loss} at step {len(self.losses)}")
+            if self.method.skipped_steps:
+                raise GradLiteError(f"step {len(self.losses)} was skipped, since its gradient was not finite")
+        return seconds
+
+    def _step(self, batch: dict[str, torch.Tensor], marks: StepMarks | None) -> float:
+        method = self.method
+        inputs = {key: part.to(self.device) for key, part in batch.items()}
+        loss = method.model(**inputs, use_cache=False).loss
+        if marks is not None:
+            marks.forward_ended()
+        method.backward(loss)
+        if marks is not None:
+            marks.backward_ended()
+        if method.claims.clipping:
+            method.clip(CLIP)
+        method.step()
+        method.zero_grad()
+        return float(loss.detach())  # waits for the device
+
+
+def measure(steps: Steps, weights: int, watch: AllocationWatch | None) -> dict[str, Any]:
+    """Runs the measured steps of a method that is warm; the parts of a record that they give."""
+    device, shape = steps.device, steps.shape
+    first_peak = 0
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    is_higher = first_peak > 1.1 * peak
+        first_peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = steps.run(MEASURED_STEPS)
+    peak = torch.cuda.max_memory_allocated(device) if watch is None else watch.peaks[-1].total
+    is_higher = first_peak - weights > 1.1 * (peak - weights)
     note = f"the first steps peaked at {(first_peak - weights) / 1e9:.2f} GB above the weights" if is_higher else None
     count = len(seconds)
     speed, samples = rates([shape.tokens] * count, seconds), rates([shape.batch_size] * count, seconds)
     assert speed is not None
     assert samples is not None
     return {
-        "curve": {"step": list(range(1, len(losses) + 1)), "train_loss": losses, "seconds": ends},
+        "curve": {"step": list(range(1, len(steps.losses) + 1)), "train_loss": steps.losses, "seconds": steps.ends},
         "tokens_per_second": vars(speed),
         "samples_per_second": vars(samples),
         "step_seconds": seconds,
@@ -175,40 +223,20 @@ def measure(method: Method, shape: Shape, device: torch.device, weights: int) ->
     }
 
 
-def _step(method: Method, batch: dict[str, torch.Tensor], device: torch.device) -> float:
-    inputs = {key: part.to(device) for key, part in batch.items()}
-    loss = method.model(**inputs, use_cache=False).loss
-    method.backward(loss)
-    if method.claims.clipping:
-        method.clip(1.0)
-    method.step()
-    method.zero_grad()
-    return float(loss.detach())  # waits for the device
-
-
-def _watched(method: Method, batch: dict[str, torch.Tensor]) -> tuple[int, float]:
-    """A step on the CPU, with the bytes of the tensors that live at its peak."""
-    watch = AllocationWatch(torch.device("cpu"))
-    with watch, watch.step(method.model, method.optimizer) as marks:
-        loss = method.model(**batch, use_cache=False).loss
-        marks.forward_ended()
-        method.backward(loss)
-        marks.backward_ended()
-        if method.claims.clipping:
-            method.clip(1.0)
-        method.step()
-        method.zero_grad()
-        value = float(loss.detach())
-        del loss
-    return watch.peaks[0].total, value
-
-
 def matmul_rate(device: torch.device) -> float:
-    """Floating-point operations a second of a large bfloat16 product on this device: the median of ten."""
-    size = 8192 if device.type == "cuda" else 256
+    """Floating-point operations a second of large bfloat16 products, twenty in a row: the best of five on a warm device."""
+    size, warm_seconds = (8192, 1.0) if device.type == "cuda" else (256, 0.01)
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    seconds = sorted(_timed(lambda: a @ b, device) for _ in range(13))
-    return 2.0 * size**3 / seconds[6]
+    row = 20
+
+    def products() -> None:
+        for _ in range(row):
+            a @ b
+
+    began = time.perf_counter()
+    while time.perf_counter() - began < warm_seconds:
+        _timed(products, device)
+    return 2.0 * row * size**3 / min(_timed(products, device) for _ in range(5))
 
 
 def _timed(work: Any, device: torch.device) -> float:
@@ -232,9 +260,14 @@ def _leave_svd_out(model: torch.nn.Module, method: Method, shape: Shape) -> dict
     device = next(model.parameters()).device
     sizes = Counter(tuple(sorted(size)) for size in shape.linears())
     total = 0.0
+    torch.linalg.svd(torch.randn(64, 64, device=device))  # loads the library
     for (low, high), count in sizes.items():
         matrix = torch.randn(high, low, device=device)
-        total += count * shape.layers * _timed(lambda matrix=matrix: torch.linalg.svd(matrix, full_matrices=False), device)
+        total += (
+            count
+            * shape.layers
+            * min(_timed(lambda matrix=matrix: torch.linalg.svd(matrix, full_matrices=False), device) for _ in range(2))
+        )
         del matrix
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -265,19 +298,16 @@ def _record(name: str, shape_name: str, options: dict[str, Any], status: str, re
         "warmup_steps": 0,
         "status": status,
         "reason": reason,
-        "versions": {
-            "gradlite": gradlite.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "machine": {
             "processor": platform.machine(),
             "threads": torch.get_num_threads(),
             "cuda": is_cuda,
             "device": torch.cuda.get_device_name() if is_cuda else "CPU",
+            "device_bytes": torch.cuda.get_device_properties(0).total_memory if is_cuda else None,
+            "cuda_version": torch.version.cuda,
         },
-        "command": f"python benchmarks/gpu/compare.py --shape {shape_name} --methods {name}",
+        "command": f"PYTHONPATH=src python benchmarks/gpu/compare.py --out DIR --shape {shape_name} --methods {name}",
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -298,6 +328,8 @@ def _row(record: dict[str, Any], shape: Shape) -> list[str]:
         return [record["run"], "", "", "", "", f"{record['status'].replace('_', ' ')}: {record['reason']}"]
     speed, memory = record["tokens_per_second"], record["memory"]
     remark = memory["note"] or ""
+    if record["method"] == "gradlite" and not record["options"]["compiled"]:
+        remark = f"kernels in eager mode: compiling is off or failed. {remark}".rstrip()
     if "svd_seconds_a_step" in record["options"]:
         extra = record["options"]["svd_seconds_a_step"]
         amortised = shape.tokens / (shape.tokens / speed["median"] + extra)

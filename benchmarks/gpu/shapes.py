@@ -71,7 +71,7 @@ def build_model(shape: Shape, device: torch.device, dtype: torch.dtype = torch.b
             model = LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
-    return model.to(dtype).train()
+    return model.train()
 
 
 def batches(shape: Shape, count: int, seed: int = 0) -> list[dict[str, Tensor]]:
@@ -105,9 +105,9 @@ def floor_flops(shape: Shape, method: str, hold: str | None, *, is_checkpointed:
     """Floating-point operations that one step of a method needs at least: its matrix products, each counted once.
 
     In units of the forward products: exact training 3, with checkpointing 4 for what lies inside blocks; GradLite 2 + r/n + r/m
-    for the linear layers, and one more with ``recompute``. Attention (causal: half the square) is trained exactly by every
-    method. The head works on labelled tokens only, and is no part of a block. Optimizers' own arithmetic, norms, softmax and
-    GaLore's decompositions are left out.
+    for the linear layers, and one more with ``recompute``, but for a block's last layer: nothing kept comes after it, so its
+    replay stops before. Attention (causal: half the square) is trained exactly by every method. The head works on labelled
+    tokens only, and is no part of a block. Optimizers' own arithmetic, norms, softmax and GaLore's decompositions are left out.
     """
     replays = 1 if is_checkpointed or (hold or "").startswith("recompute") else 0
 
@@ -117,6 +117,8 @@ def floor_flops(shape: Shape, method: str, hold: str | None, *, is_checkpointed:
             units = 2.0 + min(1.0, shape.rank / inputs) + min(1.0, shape.rank / outputs)
         return (units + extra) * 2.0 * tokens * inputs * outputs
 
-    blocks = sum(linear(inputs, outputs, shape.tokens, replays) for inputs, outputs in shape.linears()) * shape.layers
+    *others, last = shape.linears()
+    block = sum(linear(*size, shape.tokens, replays) for size in others) + linear(*last, shape.tokens, 0)
+    blocks = block * shape.layers
     attention = (3 + replays) * 2.0 * shape.tokens * shape.seq_len * shape.hidden * shape.layers
     return blocks + attention + linear(shape.hidden, shape.vocabulary, num_labelled, 0)

@@ -1,14 +1,16 @@
 """`gradlite compare`: flags become experiments, a mistake is one sentence, an interrupted comparison says how to go on."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
 from gradlite.cli.app import main
+from gradlite.compare import dry_run as dry_run_module
 from gradlite.compare import runner as runner_module
 from gradlite.compare.experiment import Experiment
 from gradlite.compare.record import HeldOut, Record
@@ -25,11 +27,13 @@ class FakeRunner:
     command = ""
     output_dir = Path()
     error: BaseException | None = None
+    records: ClassVar[list[Record]] = []
+    retry_failed = False
 
     def __init__(self, output_dir: Path, command: str, _console: object, on_record: object, retry_failed: bool) -> None:
         assert callable(on_record)
         self.on_record = on_record
-        type(self).command, type(self).output_dir = command, output_dir
+        type(self).command, type(self).output_dir, type(self).retry_failed = command, output_dir, retry_failed
 
     def run(self, experiments: Sequence[Experiment]) -> list[Record]:
         type(self).seen = list(experiments)
@@ -40,6 +44,7 @@ class FakeRunner:
             for experiment in experiments
             for spec in sweep(experiment)
         ]
+        type(self).records = records
         self.on_record(records)
         return records
 
@@ -114,6 +119,40 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(call: Call, arguments: str, s
     assert err.startswith("error: ")
     assert sentence in err
     assert err.count("\n") == 1
+
+
+def test_failed_runs_are_done_again_when_asked(call: Call) -> None:
+    call("--methods", "adamw", "--tables", "1")
+    assert not FakeRunner.retry_failed
+    call("--methods", "adamw", "--tables", "1", "--retry-failed")
+    assert FakeRunner.retry_failed
+
+
+def test_a_dry_run_runs_nothing(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(dry_run_module, "show_runs", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(FakeRunner, "error", AssertionError("nothing is to be run"))
+    code, _, _ = call("--methods", "adamw", "--tables", "1", "--dry-run", "--output-dir", "there")
+    assert code == 0
+    ((experiments, directory, _, retry_failed),) = asked
+    assert [experiment.name for experiment in experiments] == ["paper-small-memory"]
+    assert (directory, retry_failed) == (Path("there"), False)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+def test_being_ended_is_being_interrupted(call: Call, monkeypatch: pytest.MonkeyPatch, ending: signal.Signals) -> None:
+    def run(_self: FakeRunner, _experiments: Sequence[Experiment]) -> list[Record]:
+        signal.raise_signal(ending)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr(FakeRunner, "run", run)
+    before = signal.getsignal(ending)
+    try:
+        code, _, error = call("--methods", "adamw", "--tables", "1")
+    finally:
+        signal.signal(ending, before)
+    assert code == 130
+    assert "the same command goes on" in error
 
 
 def test_an_interrupted_comparison_says_how_to_go_on(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,9 @@ def test_a_file_overrides_the_default_and_flags_override_the_file(tmp_path: Path
         ("baselines: [B]\nmethods: [{label: A, method: adamw}]", "baselines names 'B', but no method has that label"),
         ("seeds: [0, 1, 0]\nmethods: [{label: A, method: adamw}]", "mine.yaml: seeds: 0 is named twice"),
         ("learning_rates: [1.0e-3, 1.0e-3]\nmethods: [{label: A, method: adamw}]", "learning_rates: 0.001 is named twice"),
+        ('methods: [{label: "A, B", method: adamw}]', "'A, B' has a comma, and --methods could not name it"),
+        ("rates: {galroe: [1.0e-3]}\nmethods: [{label: A, method: adamw}]", "unknown method 'galroe'"),
+        ("rates: [1e-3]", "rates must be a mapping"),
         ("held_out_rows: 0\nmethods: [{label: A, method: adamw}]", "several learning rates need held_out_rows"),
     ],
 )
@@ -58,11 +61,22 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> 
     assert "\n" not in str(told.value)
 
 
+def test_a_rows_own_rates_come_before_the_files_and_the_flag_before_both(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "learning_rates: [1.0e-3]\nmethods: [{label: A, method: adamw, learning_rates: [2.0e-3]}, {label: B, method: lora}]"
+    )
+    own = load_experiment(file)
+    assert [own.rates_of(entry) for entry in own.methods] == [[2e-3], [1e-3]]
+    flagged = load_experiment(file, {"learning_rates": [3e-3]})
+    assert [flagged.rates_of(entry) for entry in flagged.methods] == [[3e-3], [3e-3]]
+
+
 def test_a_choice_of_methods() -> None:
     memory, quality = choose_experiments("paper-small", [1, 2], ["adamw", "foam"], {})
     assert [entry.label for entry in memory.methods] == ["AdamW", "foam"]
     assert [entry.label for entry in quality.methods] == ["AdamW", "foam"]
-    (ablation,) = choose_experiments("paper-small", [3], ["full, r = 8"], {})
+    (ablation,) = choose_experiments("paper-small", [3], ["full (r = 8)"], {})
     assert [entry.options["rank"] for entry in ablation.methods] == [8]
     with pytest.raises(GradLiteError, match="no chosen table has any of the methods foam"):
         choose_experiments("paper-small", [3], ["foam"], {})

@@ -28,6 +28,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Imports a script of benchmarks/gpu; nothing is compiled, and a GPU is not used where there is one."""
     monkeypatch.syspath_prepend(str(GPU))
     monkeypatch.setattr(compiled._State, "usable", False)
+    monkeypatch.setenv(compiled.ENVIRONMENT_SWITCH, "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delitem(sys.modules, "compare", raising=False)
     return import_module
@@ -97,7 +98,7 @@ def test_what_is_recorded_is_not_run_again(load: Any, monkeypatch: pytest.Monkey
         if command[-1] == "adamw":
             raise subprocess.TimeoutExpired(command, timeout)
         if command[-1] == "gradlite-exact":
-            (tmp_path / "gradlite-exact.json").write_text("{}")
+            (tmp_path / "gradlite-exact.json").write_text(json.dumps(compare._record("gradlite-exact", "tiny", {}, "ok", None)))
         return subprocess.CompletedProcess(command, 7)
 
     monkeypatch.setattr(subprocess, "run", start)
@@ -113,6 +114,23 @@ def test_what_is_recorded_is_not_run_again(load: Any, monkeypatch: pytest.Monkey
     assert compare.run_all(names, "tiny", tmp_path, 540.0)
     assert started == ["adamw"]
     assert json.loads((tmp_path / "adamw.json").read_text())["reason"] == "not done within 9 minutes"
+    with pytest.raises(SystemExit, match="is a record of gpu-tiny on CPU, and this is gpu-8b on CPU"):
+        compare.run_all(names, "8b", tmp_path, 540.0)
+
+
+def test_a_run_that_trains_nothing_is_no_row(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare = load("compare")
+    build = compare.build_model
+
+    def broken(*arguments: Any) -> Any:
+        model = build(*arguments)
+        with torch.no_grad():
+            model.lm_head.weight.fill_(torch.nan)
+        return model
+
+    monkeypatch.setattr(compare, "build_model", broken)
+    record = Record.model_validate(compare.run("gradlite-int8", "tiny"))
+    assert (record.status, record.reason) == ("failed", "the loss is nan at step 1")
 
 
 def test_floor_counts_products(load: Any) -> None:
@@ -126,11 +144,12 @@ def test_floor_counts_products(load: Any) -> None:
     forward = 2 * 4096 * num_weights  # 4,096 tokens
     attention = 2 * 4096 * 2048 * 4096
     assert floor("adamw") == pytest.approx(3 * (forward + attention))
-    assert floor("lomo", is_checkpointed=True) == pytest.approx(4 * (forward + attention))
+    last = 2 * 4096 * 4096 * 14336  # is not run again
+    assert floor("lomo", is_checkpointed=True) == pytest.approx(4 * (forward + attention) - last)
     low_rank = sum(128 / n + 128 / m for n, m in ((4096, 4096),)) * 4096 * 4096 * 2
     low_rank += (128 / 4096 + 128 / 1024) * 4096 * 1024 * 2 + (128 / 4096 + 128 / 14336) * 4096 * 14336 * 3
     assert floor("gradlite", "int8") == pytest.approx(2 * forward + 2 * 4096 * low_rank + 3 * attention)
-    assert floor("gradlite", "recompute") - floor("gradlite", "int8") == pytest.approx(forward + attention)
+    assert floor("gradlite", "recompute") - floor("gradlite", "int8") == pytest.approx(forward + attention - last)
 
 
 def test_batches_have_dollys_lengths(load: Any) -> None:
@@ -150,8 +169,26 @@ def test_check_passes(load: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(sys, "argv", ["check.py", "--device", "cpu"])
     assert check.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 * 4 + 2 + 2 + 1 + 4 + 1
+    assert len(lines) == 2 * 4 + 2 + 1 + 2 + 2 + 1 + 4 + 1
     assert all(line.startswith("ok ") for line in lines[:-1])
+
+
+def test_check_goes_on_after_an_error(load: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    check = load("check")
+
+    def breaks(_device: torch.device) -> Any:
+        raise RuntimeError("no such kernel")
+
+    for name in ("gradients", "int8_kernels", "resume", "training", "optimizer_against_cpu"):
+        monkeypatch.setattr(check, name, breaks)
+    monkeypatch.delenv(compiled.ENVIRONMENT_SWITCH)
+    monkeypatch.setattr(sys, "argv", ["check.py", "--device", "cpu"])
+    assert check.main() == 1
+    said = capsys.readouterr().out
+    assert "FAILED  breaks: RuntimeError: no such kernel" in said
+    assert "FAILED  compiling for cpu: it failed" in said
+    assert "ok      8-bit moments" in said
+    assert "6 checks failed." in said
 
 
 def test_check_sees_wrong_codes(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Files beside the records: tables, and figures where there is something to draw."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.image import imread
@@ -52,13 +53,22 @@ def test_tables_are_files(tmp_path: Path, quality: Experiment, records: list[Rec
     text = (tmp_path / "new" / "tables.md").read_text()
     assert "## Held-out loss" in text
     assert "| failed: no such package |" in text
-    memory = [record.model_copy(update={"experiment": other.name}) for record in records]
+    memory = [sweep(other)[0].record("ok")]
     assert list(tables_of([quality, other], [*records, *memory])) == [
         "paper-small-quality",
         "paper-small-memory",
         "paper-small-memory-ratios",
         "paper-small-memory-categories",
     ]
+
+
+def test_tables_show_the_records_of_their_work_alone(quality: Experiment, records: list[Record]) -> None:
+    """In the order of the experiment, whatever the order of the records; methods that were added come last."""
+    added = records[0].model_copy(update={"label": "foam", "method": "foam", "options": {}})
+    longer = records[1].model_copy(update={"steps": 31})
+    (table,) = tables_of([quality], [added, longer, *reversed(records)]).values()
+    assert [row[0] for row in table.rows] == [*(entry.label for entry in quality.methods), "foam"]
+    assert table.rows[1][5] == "1"  # the longer run is no second one of this row
 
 
 def test_figures_are_drawn_of_what_was_measured(tmp_path: Path, quality: Experiment, records: list[Record]) -> None:
@@ -71,6 +81,7 @@ def test_figures_are_drawn_of_what_was_measured(tmp_path: Path, quality: Experim
 
 def test_a_memory_experiment_has_no_curves(tmp_path: Path, records: list[Record]) -> None:
     memory = load_experiment("paper-small-memory")
-    own = [record.model_copy(update={"experiment": memory.name, "held_out": []}) for record in records]
+    measured: dict[str, Any] = {"memory": records[0].memory, "tokens_per_second": records[0].tokens_per_second}
+    own = [spec.record("ok", **measured) for spec in sweep(memory)]
     names = [path.name for path in draw_figures(tmp_path, [memory], own)]
     assert names == ["paper-small-memory-memory.png", "paper-small-memory-trade-off.png"]

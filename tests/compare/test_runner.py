@@ -167,9 +167,30 @@ def test_work_that_another_experiment_has_done_is_not_done_again(
     records = make_runner(tmp_path).run([second])
     assert again.runs == [record.run for record in records if record.label == "rank 8"]
     taken = next(record for record in records if record.label == "defaults")
-    names = {"experiment": "other", "run": "other-defaults-lr0.001-seed0", "label": "defaults"}
-    assert taken == next(record for record in done if record.label == "GradLite").model_copy(update=names)
+    original = next(record for record in done if record.label == "GradLite" and record.seed == 0)
+    names = {"experiment": "other", "run": "other-defaults-lr0.001-seed0", "label": "defaults", "taken_from": original.run}
+    assert taken == original.model_copy(update=names)
     assert taken in read_records(tmp_path / "records")
+
+    (tmp_path / "records" / f"{original.run}.json").unlink()  # to do it anew: what was taken from it must not bring it back
+    anew = workers(good)
+    make_runner(tmp_path).run([experiment(model_dir, sums)])
+    assert anew.runs == [original.run]
+    (tmp_path / "records" / f"{original.run}.json").unlink()
+    alone = workers(good)
+    make_runner(tmp_path).run([second])
+    assert alone.runs == [taken.run]
+
+
+def test_tables_are_given_all_that_is_there(tmp_path: Path, model_dir: Path, sums: Path, workers: Install) -> None:
+    workers(good)
+    work = experiment(model_dir, sums)
+    make_runner(tmp_path).run([work])
+    given: list[Sequence[Record]] = []
+    part = work.model_copy(update={"methods": work.methods[:1]})
+    Runner(tmp_path, "", Console(file=io.StringIO()), given.append).run([part])
+    assert {record.label for record in given[0]} == {"AdamW", "GradLite"}
+    assert len(given[-1]) == 4
 
 
 def test_an_interrupted_worker_is_ended(make_spec: MakeSpec, tmp_path: Path) -> None:

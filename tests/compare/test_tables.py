@@ -124,6 +124,46 @@ def test_quality_takes_the_best_rate_of_the_first_seed_and_the_mean_of_all_seeds
         assert table.notes[-1] == "Held-out loss before training: 3.0000."
 
 
+def test_a_difference_is_of_the_seeds_that_both_rows_have() -> None:
+    records = [
+        *(record("a", seed=seed, loss=loss) for seed, loss in enumerate((1.0, 2.0, 9.0))),
+        *(record("b", seed=seed, loss=loss) for seed, loss in enumerate((1.1, 2.2))),
+        record("c", seed=3, loss=1.0),
+    ]
+    table = quality_table(records, "T", ["a"])
+    assert cell(table, "b", "Against a (%)") == "+10.00"
+    assert cell(table, "c", "Against a (%)") == NONE
+
+
+def test_memory_is_of_runs_with_equal_batches() -> None:
+    """Rows of any length: only the first seed's batches are the same for every row; the best rate is the row."""
+    losses = {"held_out": [HeldOut(step=3, loss=1.0, seconds=1)]}
+    worse = {"held_out": [HeldOut(step=3, loss=2.0, seconds=1)]}
+    records = [
+        measured("a", 2.0, 100, 0, **losses),
+        measured("a", 8.0, 10, 0, lr=2e-4, **worse),
+        measured("a", 4.0, 50, 1, **losses),
+        measured("b", 1.0, 200, 0, **losses),
+    ]
+    table = memory_table(records, "T")
+    assert (cell(table, "a", "Peak above weights (GB)"), cell(table, "a", "Runs")) == ("2.000", "1")
+    assert cell(ratio_table(records, "T", ["a"]), "b", "Peak ÷ a") == "0.50"
+    assert cell(category_table(records, "T"), "a", "Gradients (GB)") == "1.000"
+
+
+def test_what_makes_rows_no_fair_comparison_is_noted() -> None:
+    same: dict[str, Any] = {"versions": {"torch": "2.13"}, "machine": {"num_threads": 2}}
+    records = [record("a", loss=1.0, **same), record("b", loss=1.0, **same), record("c", loss=1.0)]
+    assert len(quality_table(records, "T").notes) == 2
+    other = record("d", versions={"torch": "2.11", "fira": "1"}, machine={"num_threads": 1})
+    strange = other.model_copy(update={"held_out": [HeldOut(step=0, loss=3.1, seconds=0)]})
+    assert quality_table([*records, strange], "T").notes[1:-1] == (
+        "Not all runs have the same torch: 2.13, 2.11.",
+        "Not all runs have the same num threads: 2, 1.",
+        "Runs began at different held-out losses (3.000, 3.100): not all had the same model and data.",
+    )
+
+
 def test_a_best_rate_at_the_edge_of_the_sweep_is_remarked() -> None:
     def remark(*losses: float) -> str:
         records = [record("a", lr, loss=loss) for lr, loss in zip((1e-4, 2e-4, 4e-4), losses, strict=False)]
@@ -144,6 +184,14 @@ def test_a_row_without_a_good_run() -> None:
 def test_what_is_to_be_known_of_a_good_run_is_remarked() -> None:
     table = quality_table([record("a", loss=1.0, reason="2 steps were skipped")], "T")
     assert cell(table, "a", "Remark") == "2 steps were skipped"
+
+
+def test_brackets_are_no_markup_on_a_terminal() -> None:
+    screen = io.StringIO()
+    table = Table("T [a]", ("a [b]",), (("torch [enforce fail at alloc_cpu.cpp]",), ("[/nowhere]",)), ("[note]",))
+    Console(file=screen, width=200).print(to_rich(table))
+    shown = screen.getvalue()
+    assert all(text in shown for text in ("T [a]", "a [b]", "[enforce fail at alloc_cpu.cpp]", "[/nowhere]", "[note]"))
 
 
 def test_markdown_and_csv() -> None:

@@ -119,6 +119,34 @@ def test_a_run_that_diverges_keeps_what_came_before(make_spec: MakeSpec, monkeyp
     assert record.curve.train_loss[-1] is None
 
 
+class Breaking(Method):
+    """Trains nothing until its fourth step, and breaks the weights there."""
+
+    def __init__(self, model: torch.nn.Module, **_options: Any) -> None:
+        super().__init__("breaking", model, torch.optim.SGD(model.parameters(), lr=0.0), Claims(True, False, False))
+        self.steps = 0
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.steps += 1
+        if self.steps == 4:
+            with torch.no_grad():
+                next(self.model.parameters()).fill_(torch.nan)
+
+
+def test_a_run_that_diverges_late_keeps_its_memory_and_what_it_did(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "build", lambda _name, model, **options: Breaking(model, **options))
+    record = work(make_spec(steps=6), "")
+    assert record.reason == "diverged: the loss is nan at step 5"
+    assert record.memory is not None
+    assert record.options["max_grad_norm"] is None
+
+
 class Failing(Method):
     """Raises in its first step."""
 
@@ -179,6 +207,13 @@ def test_a_run_whose_comparison_is_gone_leaves_no_record(make_spec: MakeSpec, mo
     monkeypatch.setattr(sys, "stdout", Gone())
     with pytest.raises(SystemExit):
         work(make_spec(), "")
+
+
+def test_data_too_short_for_one_experiment_fails_its_rows_alone(make_spec: MakeSpec) -> None:
+    record = work(make_spec(full_rows=True, seq_len=500), "")
+    assert record.status == "failed"
+    assert record.reason is not None
+    assert "fills 500 tokens" in record.reason
 
 
 def test_data_that_cannot_be_had_stops_the_comparison(make_spec: MakeSpec) -> None:

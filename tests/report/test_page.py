@@ -116,7 +116,7 @@ def test_only_failures_have_a_page_too(record: Make, write_records: Any, page: A
 def test_the_presets_make_the_papers_tables_in_their_order(record: Make, write_records: Any, page: Any) -> None:
     names = ("paper-small-ablation", "paper-small-memory", "mine", "paper-small-quality")
     bare: dict[str, Any] = {"curve": {}, "held_out": [], "memory": None}  # nothing to draw
-    records = [record("full, r = 8" if "ablation" in name else "GaLore", "galore", experiment=name, **bare) for name in names]
+    records = [record("full (r = 8)" if "ablation" in name else "GaLore", "galore", experiment=name, **bare) for name in names]
     text = page(write_report([write_records(*records)])[0].read_text()).text
     places = [text.index(words) for words in ("Table 1:", "Table 2:", "Table 3:", "mine: memory and throughput")]
     assert places == sorted(places)

@@ -1,6 +1,7 @@
 """`gradlite compare`: a preset or an experiment file, and flags that override it → one record a run, tables and figures."""
 
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from gradlite.compare.experiment import Experiment, choose_experiments, load_experiment, restrict
+from gradlite.compare.experiment import Experiment, all_tables, choose_experiments, load_experiment, restrict
 from gradlite.errors import GradLiteError
 from gradlite.methods import unknown
 
@@ -82,10 +83,11 @@ def compare(
     if experiment is not None:
         if tables is not None:
             raise GradLiteError("--tables belongs to --preset; an experiment file makes one table.")
-        chosen = [load_experiment(experiment, overrides)]
-        chosen = chosen if names is None else restrict(chosen, names)
+        everything = [load_experiment(experiment, overrides)]
+        chosen = everything if names is None else restrict(everything, names)
     else:
         chosen = choose_experiments(preset or _DEFAULT_PRESET, _numbers("--tables", tables, int), names, overrides)
+        everything = all_tables(preset or _DEFAULT_PRESET, overrides)
     directory = output_dir or Path("runs/compare") / (experiment.stem if experiment else preset or _DEFAULT_PRESET)
     _check_methods(chosen)
     if dry_run:
@@ -93,23 +95,30 @@ def compare(
 
         show_runs(chosen, directory, console, retry_failed)
         return
-    _run(chosen, directory, console, retry_failed)
+    _run(chosen, everything, directory, console, retry_failed)
 
 
-def _run(chosen: list[Experiment], directory: Path, console: Console, retry_failed: bool) -> None:
+def _run(chosen: list[Experiment], everything: list[Experiment], directory: Path, console: Console, retry_failed: bool) -> None:
+    """Do the runs of ``chosen``; the files that are written show all records of ``everything`` that are there."""
     from gradlite.compare.outputs import draw_figures, show_tables, write_tables  # brings matplotlib
     from gradlite.compare.runner import Runner
 
-    runner = Runner(directory, _command(), console, lambda records: write_tables(directory, chosen, records), retry_failed)
+    runner = Runner(directory, _command(), console, lambda records: write_tables(directory, everything, records), retry_failed)
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the run's process must not go on alone
+        signal.signal(ending, _interrupt)
     try:
-        records = runner.run(chosen)
+        runner.run(chosen)
     except KeyboardInterrupt:
         typer.echo(f"stopped: the same command goes on with the runs that have no record in {directory}.", err=True)
         raise typer.Exit(130) from None
-    show_tables(console, chosen, records)
-    for path in draw_figures(directory, chosen, records):
+    show_tables(console, chosen, runner.records)
+    for path in draw_figures(directory, chosen, runner.records):
         console.print(f"drawn {path}")
     console.print(f"records, tables and figures are in {directory}")
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _check_methods(chosen: list[Experiment]) -> None:

@@ -6,6 +6,7 @@ Importing this module is light: no torch, no transformers.
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -44,6 +45,14 @@ class MethodEntry(_Part):
     method: str = Field(min_length=1)
     options: dict[str, Any] = {}
     learning_rates: list[Rate] | None = Field(None, min_length=1)
+
+    @field_validator("label")
+    @classmethod
+    def _without_commas(cls, label: str) -> str:
+        """They stand between the names in ``--methods``."""
+        if "," in label:
+            raise ValueError(f"{label!r} has a comma, and --methods could not name it")
+        return label
 
     @property
     def slug(self) -> str:
@@ -85,6 +94,14 @@ class Experiment(_Part):
             raise ValueError(f"{twice:g} is named twice")
         return numbers
 
+    @field_validator("rates")
+    @classmethod
+    def _of_methods(cls, rates: dict[str, list[Rate]]) -> dict[str, list[Rate]]:
+        wrong = next((problem for problem in map(unknown, rates) if problem is not None), None)
+        if wrong is not None:
+            raise ValueError(wrong.rstrip(".?"))
+        return rates
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.held_out_rows > self.held_out_from_last:
@@ -106,7 +123,7 @@ class Experiment(_Part):
         wrong = unknown(entry.method)
         if wrong is not None:
             raise ValueError(wrong.rstrip(".?"))  # whoever tells it ends the sentence
-        found = self.learning_rates or entry.learning_rates or self.rates.get(entry.method)
+        found = entry.learning_rates or self.learning_rates or self.rates.get(entry.method)
         if not found:
             raise ValueError(f"there are no learning rates for method {entry.method!r}; give learning_rates")
         return found
@@ -143,7 +160,16 @@ def load_experiment(source: str | Path, overrides: Mapping[str, Any] | None = No
             raise GradLiteError(f"unknown key {key!r} in {path}; {hint}")
     default = read_mapping(_FOLDER / "default.yaml")
     settings = {**default, "name": path.stem, **own, **(overrides or {})}
-    settings["rates"] = {**default["rates"], **(own.get("rates") or {})}
+    rates = own.get("rates") or {}
+    if not isinstance(rates, dict):
+        raise GradLiteError(f"{path.name}: rates must be a mapping from methods to lists of learning rates.")
+    settings["rates"] = {**default["rates"], **rates}
+    if "learning_rates" in (overrides or {}) and isinstance(settings.get("methods"), list):
+        own_rates = {"learning_rates"}  # a row's own too give way to the flag
+        settings["methods"] = [
+            {key: value for key, value in entry.items() if key not in own_rates} if isinstance(entry, dict) else entry
+            for entry in settings["methods"]
+        ]
     try:
         return Experiment.model_validate(settings)
     except ValidationError as error:
@@ -171,6 +197,15 @@ def choose_experiments(
         raise GradLiteError(f"preset {preset!r} has no table {unknown[0]}; it has {', '.join(map(str, names))}.")
     chosen = [load_experiment(names[table], overrides) for table in sorted(set(tables or names))]
     return chosen if methods is None else restrict(chosen, methods)
+
+
+def all_tables(preset: str, overrides: Mapping[str, Any]) -> list[Experiment]:
+    """Every experiment of a preset with all of its rows; those that cannot have these overrides are left out."""
+    found = []
+    for name in PRESETS[preset].values():
+        with suppress(GradLiteError):
+            found.append(load_experiment(name, overrides))
+    return found
 
 
 def restrict(experiments: Sequence[Experiment], methods: Sequence[str]) -> list[Experiment]:

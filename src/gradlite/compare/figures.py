@@ -5,7 +5,7 @@ Colours are Okabe and Ito's, which stay apart for the colour-blind; curves diffe
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, median_low
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,13 +21,22 @@ _WINDOW = 10
 
 
 def draw_memory(records: Sequence[Record], path: Path) -> bool:
-    """Bars of what lives at the peak of a step beside the weights, stacked by category; False where nothing was measured."""
-    shown = [category for category in ByCategory.model_fields if category != "weights"]
+    """Bars of what lives at the peak of a step beside the weights, stacked by category; False where nothing was measured.
+
+    A row's bar is the run whose peak is the median, of its runs with equal batches. The last part is what the categories leave:
+    weights that a method adds (adapters), and on CUDA what the allocator rounds up.
+    """
+    categories = [category for category in ByCategory.model_fields if category != "weights"]
+    shown = [*categories, "added weights and the rest"]
     bars = {}
     for name, runs in by_name(records).items():
-        found = [run.memory.by_category_bytes for run in runs if run.memory and run.memory.by_category_bytes]
+        alike = with_equal_batches(at_best_rate(runs))
+        found = [run.memory for run in alike if run.memory and run.memory.by_category_bytes]
         if found:
-            bars[name] = [median(getattr(one, category) for one in found) / _GB for category in shown]
+            whole = median_low(memory.peak_above_weights_bytes for memory in found)
+            one = next(memory.by_category_bytes for memory in found if memory.peak_above_weights_bytes == whole)
+            parts = [getattr(one, category) for category in categories]
+            bars[name] = [part / _GB for part in (*parts, max(0, whole - sum(parts)))]
     if not bars:
         return False
     figure, axes = _figure(8, 1.6 + 0.42 * len(bars))

@@ -80,15 +80,15 @@ class Loop:
             for batch in watched:
                 self._step(batch, watch)
                 on_step(self.measured)
+        self.measured.memory = self._memory(watch, None)
         give_back_free_memory()  # the watch's own lists: on SmolLM2 some 0.7 GB that would count as the next steps'
-        process_peak = None
         for batch in batches[len(watched) :]:
             asked = len(self.measured.losses) == WATCHED_STEPS and self._anonymous_bytes is not None and forget_peak()
             self._step(batch)
-            if asked:
-                process_peak = anonymous_peak_bytes()
+            # Of a batch of the watched step's shape only: another length would be another peak.
+            if asked and batch["input_ids"].shape == watched[-1]["input_ids"].shape:
+                self.measured.memory = self._memory(watch, anonymous_peak_bytes())
             on_step(self.measured)
-        self.measured.memory = self._memory(watch, process_peak)
         return self._method
 
     def _step(self, batch: Mapping[str, Tensor], watch: AllocationWatch | None = None) -> None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from gradlite.compare.experiment import Experiment
 from gradlite.compare.figures import draw_losses, draw_memory, draw_trade_off
 from gradlite.compare.record import Record
+from gradlite.compare.runs import belongs
 from gradlite.compare.tables import (
     Table,
     category_table,
@@ -21,11 +22,18 @@ from gradlite.compare.tables import (
 from gradlite.train.files import write_text
 
 
+def records_of(experiment: Experiment, records: Sequence[Record]) -> list[Record]:
+    """The records of this experiment's work, rows in its order; methods that were added by name come last."""
+    labels = [entry.label for entry in experiment.methods]
+    own = [record for record in records if belongs(experiment, record)]
+    return sorted(own, key=lambda record: labels.index(record.name) if record.name in labels else len(labels))
+
+
 def tables_of(experiments: Sequence[Experiment], records: Sequence[Record]) -> dict[str, Table]:
     """The tables by the name of their file; experiments without a record yet have none."""
     found = {}
     for experiment in experiments:
-        own = [record for record in records if record.experiment == experiment.name]
+        own = records_of(experiment, records)
         title = experiment.title or experiment.name
         if not own:
             continue
@@ -51,7 +59,7 @@ def draw_figures(output_dir: Path, experiments: Sequence[Experiment], records: S
     """Draw what can be drawn of each experiment, and return the files."""
     drawn = []
     for experiment in experiments:
-        own = [record for record in records if record.experiment == experiment.name]
+        own = records_of(experiment, records)
         for name, draw in (("memory", draw_memory), ("losses", draw_losses), ("trade-off", draw_trade_off)):
             path = output_dir / f"{experiment.name}-{name}.png"
             if not (name == "losses" and experiment.kind == "memory") and draw(own, path):

@@ -62,7 +62,8 @@ class ByCategory(_Part):
 
 
 class Memory(_Part):
-    """Memory of one training step. ``by_category_bytes``: at the moment of the peak; it adds up to ``peak_bytes``.
+    """Memory of one training step. ``by_category_bytes``: at the moment of the peak; on a CPU it adds up to ``peak_bytes``, on
+    CUDA, where the peak is the allocator's, ``note`` says where it does not.
 
     ``process_peak_above_weights_bytes``: growth of the process's anonymous memory, on a CPU. ``note``: what a reader must
     know, such as that the two peaks differ by more than a tenth.
@@ -93,7 +94,7 @@ class Record(_Part):
     """One run of one method. ``reason``: why ``status`` is not "ok"; of a good run, what a reader must know about it.
 
     ``label``: what the experiment calls this method with these options; rows of tables are named so. ``max_grad_norm``: what
-    was asked for; ``options`` has what was done.
+    was asked for; ``options`` has what was done. ``taken_from``: the run of another experiment that did this very work.
     """
 
     record_version: Literal[1] = 1
@@ -130,6 +131,7 @@ class Record(_Part):
     machine: dict[str, Any] = {}
     command: str | None = None
     date: str | None = None
+    taken_from: str | None = None
 
     @property
     def name(self) -> str:

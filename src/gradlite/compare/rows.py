@@ -21,6 +21,10 @@ _TRAIN_ON = "answer"
 TokenRow = Mapping[str, list[int]]
 
 
+class TooShort(GradLiteError):
+    """No row fills the sequence, as an experiment wants; another one may not want it."""
+
+
 @dataclass(frozen=True)
 class Work:
     """Each step's rows, and the held-out rows: input_ids and labels (-100 where the loss does not look)."""
@@ -73,9 +77,14 @@ def _endless(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, sp
                 if len(tokens.ids) == spec.seq_len or not spec.full_rows:
                     usable = True
                     yield _row(tokens)
+        if not usable and spec.full_rows:
+            raise TooShort(
+                f"no training row of {spec.dataset!r} fills {spec.seq_len} tokens; give another seq_len or more data."
+            )
         if not usable:
-            wanted = f"fills {spec.seq_len} tokens" if spec.full_rows else f"has an answer within {spec.seq_len} tokens"
-            raise GradLiteError(f"no training row of {spec.dataset!r} {wanted}; give another seq_len or more data.")
+            raise GradLiteError(
+                f"no training row of {spec.dataset!r} has an answer within {spec.seq_len} tokens; raise seq_len or give more data."
+            )
 
 
 def _row(tokens: Tokens) -> dict[str, Any]:

@@ -31,7 +31,7 @@ _SECONDS_TO_END = 10.0
 class Runner:
     """Runs experiments into ``output_dir / "records"``; what workers print goes to ``output_dir / "logs"``.
 
-    ``command``: the user's, for the records. ``on_record`` is called after every run with all records so far.
+    ``command``: the user's, for the records. ``on_record`` is called after every run with all records of the directory.
     """
 
     def __init__(
@@ -58,7 +58,10 @@ class Runner:
                 self.found(spec)
 
     def found(self, spec: RunSpec) -> Record | None:
-        """The record of a run that needs not be done (again): its own, or one that another experiment made of the same work."""
+        """The record of a run that needs not be done (again): its own, or one that another experiment made of the same work.
+
+        What was once taken over is taken anew: its own record may have been deleted, or replaced by a later run's.
+        """
         path = self.records_dir / f"{spec.run}.json"
         if not path.exists():
             return self._found_elsewhere(spec)
@@ -68,20 +71,27 @@ class Runner:
             raise GradLiteError(
                 f"{path} is the record of other work (its {key} differs); choose another --output-dir, or delete it."
             )
+        if record.taken_from is not None:
+            return self._found_elsewhere(spec)
         return None if self._retry_failed and record.status != "ok" else record
 
     def _found_elsewhere(self, spec: RunSpec) -> Record | None:
         """Only of other experiments: rows of one experiment that do the same were asked for twice."""
-        seen = [*self._there_before, *self._records.values()]
-        others = (record for record in seen if record.experiment != spec.experiment and record.status == "ok")
+        made = (record for record in self.records if record.taken_from is None and record.status == "ok")
+        others = (record for record in made if record.experiment != spec.experiment)
         return next((named for record in others if (named := spec.named_here(record)) is not None), None)
 
     @cached_property
     def _there_before(self) -> list[Record]:
         return read_records(self.records_dir) if any(self.records_dir.glob("*.json")) else []
 
+    @property
+    def records(self) -> list[Record]:
+        """All of the directory: those of this call's runs, and what was there before."""
+        return list({**{record.run: record for record in self._there_before}, **self._records}.values())
+
     def run(self, experiments: Sequence[Experiment]) -> list[Record]:
-        """All records, in the order of the runs. A run that fails is a record with its reason, and the next one begins."""
+        """The experiments' records, in the order of the runs. A run that fails is a record with its reason."""
         self.check(experiments)
         with self._screen() as show:
             for number, experiment in enumerate(experiments):
@@ -108,10 +118,10 @@ class Runner:
             )
             self._seconds.setdefault(experiment.name, []).append(time.perf_counter() - began)
             show(Text.assemble(f"{heading}  ", _outcome(record)), False)
-        elif not (self.records_dir / f"{record.run}.json").exists():
+        elif record.taken_from is not None:
             write_record(self.records_dir, record)
         self._records[record.run] = record
-        self._on_record(list(self._records.values()))
+        self._on_record(self.records)
 
     def _left(self, experiment: Experiment, later: Sequence[Experiment], own: int, began: float) -> float | None:
         """Seconds until all is done, from the mean of the runs done now; None before any is."""
@@ -134,9 +144,10 @@ class Runner:
             code = _run_process([sys.executable, *arguments], errors, on_step)
         if path.exists():
             return read_record(path)
-        if code == BAD_INPUT:
-            raise GradLiteError(log.read_text(encoding="utf-8").strip().splitlines()[-1])
-        record = _without_word(spec, code, log)
+        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if code == BAD_INPUT and said:
+            raise GradLiteError(said[-1])
+        record = _without_word(spec, code, said)
         write_record(self.records_dir, record)
         return record
 
@@ -184,11 +195,10 @@ def _run_process(command: Sequence[str], errors: Any, on_step: Callable[[Mapping
         process.stdout.close()
 
 
-def _without_word(spec: RunSpec, code: int, log: Path) -> Record:
+def _without_word(spec: RunSpec, code: int, said: Sequence[str]) -> Record:
     """The record of a worker that ended without leaving one."""
     if code == -signal.SIGKILL:
         return spec.record("out_of_memory", "the system ended the process (SIGKILL), most likely because memory ran out")
-    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     how = f"signal {-code} ended the process" if code < 0 else f"the process ended with exit code {code}"
     return spec.record("failed", f"{how}: {said[-1].strip()}" if said else how)
 

@@ -56,16 +56,16 @@ class RunSpec(BaseModel):
 
     def differs_from(self, record: Record) -> str | None:
         """The first key in which a record of the same name belongs to other work, or None."""
-        return next(iter(self._differences(record)), None)
+        return next(iter(self.differences(record)), None)
 
     def named_here(self, record: Record) -> Record | None:
         """Another experiment's record of the very same work, under this run's names; None where anything but names differs."""
-        if set(self._differences(record)) - _NAMES:
+        if set(self.differences(record)) - _NAMES:
             return None
-        return record.model_copy(update={name: getattr(self, name) for name in _NAMES})
+        return record.model_copy(update={"taken_from": record.run, **{name: getattr(self, name) for name in _NAMES}})
 
-    def _differences(self, record: Record) -> list[str]:
-        """A key that the record does not have (older ones lack four) says nothing."""
+    def differences(self, record: Record) -> list[str]:
+        """The keys in which a record is of other work. One that the record lacks (older ones lack four) says nothing."""
         mine = self.record("ok")
         same = {key: {None, getattr(mine, key)} for key in RunSpec.model_fields if key != "options"}
         keys = [key for key, values in same.items() if getattr(record, key) not in values]
@@ -93,6 +93,12 @@ def spec_of(experiment: Experiment, entry: MethodEntry, lr: float, seed: int) ->
         lr=lr,
         seed=seed,
     )
+
+
+def belongs(experiment: Experiment, record: Record) -> bool:
+    """Whether a record is of this experiment's work, whichever the method, its options, rate and seed."""
+    spec = spec_of(experiment, experiment.methods[0], record.lr, record.seed)
+    return set(spec.differences(record)) <= {"run", "label", "method", "options"}
 
 
 def sweep(experiment: Experiment) -> list[RunSpec]:

@@ -6,11 +6,12 @@ single good run keeps its row, with the reason. Ratios are against the row named
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from gradlite.compare.record import ByCategory, Record
 from gradlite.compare.runs import best_rate
@@ -30,24 +31,25 @@ class Table:
 
 
 def memory_table(records: Sequence[Record], title: str) -> Table:
-    """Peak memory above the weights and throughput: the median of the runs, and the lowest and highest run."""
+    """Peak memory above the weights and throughput: the median of the runs with equal batches, and the lowest and highest."""
     table = []
     for name, runs in by_name(records).items():
+        alike = with_equal_batches(at_best_rate(runs))
         process = [
             run.memory.process_peak_above_weights_bytes / _GB
-            for run in runs
+            for run in alike
             if run.memory and run.memory.process_peak_above_weights_bytes is not None
         ]
-        samples = [run.samples_per_second.median for run in runs if run.samples_per_second]
+        samples = [run.samples_per_second.median for run in alike if run.samples_per_second]
         table.append(
             (
                 name,
-                _middle(_peaks(runs), ".3f"),
+                _middle(_peaks(alike), ".3f"),
                 _middle(process, ".3f"),
-                _middle(_speeds(runs), ".1f"),
-                _range(_speeds(runs), ".1f"),
+                _middle(_speeds(alike), ".1f"),
+                _range(_speeds(alike), ".1f"),
                 _middle(samples, ".3f"),
-                str(sum(run.status == "ok" for run in runs)),
+                str(len(alike)),
                 _remark(runs),
             )
         )
@@ -66,7 +68,7 @@ def memory_table(records: Sequence[Record], title: str) -> Table:
 
 def ratio_table(records: Sequence[Record], title: str, baselines: Sequence[str]) -> Table:
     """Median peak above the weights and median throughput of each row, divided by those of the rows named as baselines."""
-    rows = by_name(records)
+    rows = {name: with_equal_batches(at_best_rate(runs)) for name, runs in by_name(records).items()}
     known = [name for name in baselines if name in rows]
     table = [
         (
@@ -85,7 +87,8 @@ def category_table(records: Sequence[Record], title: str) -> Table:
     categories = list(ByCategory.model_fields)
     table = []
     for name, runs in by_name(records).items():
-        found = [run.memory.by_category_bytes for run in runs if run.memory and run.memory.by_category_bytes]
+        alike = with_equal_batches(at_best_rate(runs))
+        found = [run.memory.by_category_bytes for run in alike if run.memory and run.memory.by_category_bytes]
         cells = [_middle([getattr(one, category) / _GB for one in found], ".3f") for category in categories]
         table.append((name, *cells))
     columns = ("Method", *(f"{category.replace('_', ' ').capitalize()} (GB)" for category in categories))
@@ -93,9 +96,12 @@ def category_table(records: Sequence[Record], title: str) -> Table:
 
 
 def quality_table(records: Sequence[Record], title: str, baselines: Sequence[str] = ()) -> Table:
-    """Held-out loss: every rate of the sweep on its seed, and at the best rate the mean over the seeds, lowest and highest."""
+    """Held-out loss: every rate of the sweep on its seed, and at the best rate the mean over the seeds, lowest and highest.
+
+    Differences to baselines are of the means over the seeds that both rows have.
+    """
     rows = by_name(records)
-    finals = {name: _losses(at_best_rate(runs)) for name, runs in rows.items()}
+    finals = {name: _by_seed(at_best_rate(runs)) for name, runs in rows.items()}
     known = [name for name in baselines if name in rows]
     table = []
     for name, runs in rows.items():
@@ -106,8 +112,8 @@ def quality_table(records: Sequence[Record], title: str, baselines: Sequence[str
                 name,
                 ", ".join(f"{run.lr:g}: {_sweep_cell(run)}" for run in swept),
                 NONE if best is None else f"{best:g}",
-                f"{mean(finals[name]):.4f}" if finals[name] else NONE,
-                _range(finals[name], ".4f"),
+                f"{mean(finals[name].values()):.4f}" if finals[name] else NONE,
+                _range(list(finals[name].values()), ".4f"),
                 str(len(finals[name])),
                 *(_percent(finals[name], finals[other]) for other in known),
                 "; ".join(filter(None, [_remark(runs), _edge(swept, best)])),
@@ -176,12 +182,12 @@ def to_csv(table: Table) -> str:
 
 def to_rich(table: Table) -> RichTable:
     """For the terminal."""
-    shown = RichTable(title=table.title, caption="\n".join(table.notes) or None)
+    shown = RichTable(title=Text(table.title), caption=Text("\n".join(table.notes)) if table.notes else None)
     for number, column in enumerate(table.columns):
         is_text = number == 0 or column == "Remark"
-        shown.add_column(column, justify="left" if is_text else "right", overflow="fold")
+        shown.add_column(Text(column), justify="left" if is_text else "right", overflow="fold")
     for row in table.rows:
-        shown.add_row(*row)
+        shown.add_row(*map(Text, row))  # not as rich's markup: errors quote file names in brackets
     return shown
 
 
@@ -193,8 +199,8 @@ def _speeds(runs: Iterable[Record]) -> list[float]:
     return [run.tokens_per_second.median for run in runs if run.tokens_per_second]
 
 
-def _losses(runs: Iterable[Record]) -> list[float]:
-    return [run.final_held_out_loss for run in runs if run.final_held_out_loss is not None]
+def _by_seed(runs: Iterable[Record]) -> dict[int, float]:
+    return {run.seed: run.final_held_out_loss for run in runs if run.final_held_out_loss is not None}
 
 
 def _middle(values: Sequence[float], form: str) -> str:
@@ -209,8 +215,11 @@ def _ratio(values: Sequence[float], others: Sequence[float]) -> str:
     return f"{median(values) / median(others):.2f}" if values and others else NONE
 
 
-def _percent(values: Sequence[float], others: Sequence[float]) -> str:
-    return f"{100 * (mean(values) / mean(others) - 1):+.2f}" if values and others else NONE
+def _percent(values: Mapping[int, float], others: Mapping[int, float]) -> str:
+    both = values.keys() & others.keys()
+    if not both:
+        return NONE
+    return f"{100 * (mean(values[seed] for seed in both) / mean(others[seed] for seed in both) - 1):+.2f}"
 
 
 def _sweep_cell(run: Record) -> str:
@@ -239,4 +248,18 @@ def _work_notes(records: Sequence[Record]) -> tuple[str, ...]:
         f"{run.model} on {run.dataset}, {run.dtype}, {run.steps} steps of {run.batch_size} × {run.seq_len} tokens at most."
         for run in records
     )
-    return tuple(works)
+    return (*works, *_circumstance_notes(records))
+
+
+def _circumstance_notes(records: Sequence[Record]) -> Iterator[str]:
+    """What may make rows of one table no fair comparison: other versions, another machine, another model or other data."""
+    for what in ("versions", "machine"):
+        known = [getattr(run, what) for run in records if getattr(run, what)]
+        for key in dict.fromkeys(key for one in known for key in one):
+            values = list(dict.fromkeys(str(one[key]) for one in known if key in one))
+            if len(values) > 1:
+                yield f"Not all runs have the same {key.replace('_', ' ')}: {', '.join(values)}."
+    began = [run.held_out[0].loss for run in records if run.held_out and run.held_out[0].step == 0]
+    losses = list(dict.fromkeys(f"{loss:.3f}" for loss in began if loss is not None))
+    if len(losses) > 1:
+        yield f"Runs began at different held-out losses ({', '.join(losses)}): not all had the same model and data."

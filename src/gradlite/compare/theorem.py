@@ -196,6 +196,7 @@ def _header(settings: Settings) -> dict[str, Any]:
     return {
         "record_version": 1,
         "experiment": "theorem",
+        "versions": {"gradlite": gradlite.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "settings": asdict(settings),
         "instances": {
             "step_size_c": _STEP_SIZES,
@@ -216,7 +217,10 @@ def _saved_points(path: Path, header: dict[str, Any]) -> dict[str, dict[str, Any
     same = json.loads(json.dumps(header))
     if not isinstance(record, dict) or any(record.get(key) != value for key, value in same.items()):
         return {}
-    return {_key(result): result for result in record["points"]}
+    try:
+        return {_key(result): result for result in record["points"]}
+    except (KeyError, TypeError):
+        return {}
 
 
 def _key(result: dict[str, Any]) -> str:
@@ -231,7 +235,6 @@ def _later(saved: dict[str, dict[str, Any]], points: list[Point], start: int) ->
 
 def _provenance() -> dict[str, Any]:
     return {
-        "versions": {"gradlite": gradlite.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": {"processor": platform.machine(), "threads": 1, "cuda": False},
         "command": "gradlite compare --preset theorem",
         "date": time.strftime("%Y-%m-%d"),

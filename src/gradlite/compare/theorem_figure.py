@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -30,12 +30,19 @@ def draw_theorem(record: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def _finite(value: float | None) -> TypeGuard[float]:
+    """What diverged is null in a file, and NaN before it was in one."""
+    return value is not None and math.isfinite(value)
+
+
 def _draw_slopes(axes: Axes, record: dict[str, Any], problem: str) -> None:
     slopes = {entry["variant"]: entry for entry in record["summary"]["slopes"]
               if entry["problem"] == problem and entry["experiment"] == "slope"}  # fmt: skip
     points = [p for p in record["points"] if p["problem"] == problem and p["experiment"] == "slope"]
     for variant, entry in slopes.items():
-        mine = [(p["steps"], p["suboptimality"]) for p in points if p["variant"] == variant and p["suboptimality"] is not None]
+        mine = [(p["steps"], p["suboptimality"]) for p in points if p["variant"] == variant and _finite(p["suboptimality"])]
+        if not mine:
+            continue
         steps = [step for step, _ in mine]
         colour, slope = _COLOURS[variant], entry["slope"]
         axes.scatter(steps, [value for _, value in mine], color=colour, s=14)
@@ -53,14 +60,14 @@ def _draw_slopes(axes: Axes, record: dict[str, Any], problem: str) -> None:
 def _draw_ranks(axes: Axes, record: dict[str, Any], problem: str) -> None:
     floors = [f for f in record["summary"]["floors"] if f["problem"] == problem and f["experiment"] == "floor"]
     for variant in dict.fromkeys(floor["variant"] for floor in floors):
-        mine = [f for f in floors if f["variant"] == variant and f["median"] is not None and math.isfinite(f["median"])]
+        mine = [f for f in floors if f["variant"] == variant and _finite(f["median"])]
         colour = _COLOURS[variant]
         if mine and mine[0]["rank"] is None:
             axes.axhline(mine[0]["median"], color=colour, linestyle=":", label=variant)
             continue
         ranks, medians = [f["rank"] for f in mine], [f["median"] for f in mine]
         axes.plot(ranks, medians, color=colour, marker="o", markersize=4, label=variant)
-        finite = [f for f in mine if f["max"] is not None and math.isfinite(f["max"])]
+        finite = [f for f in mine if _finite(f["max"])]
         axes.fill_between([f["rank"] for f in finite], [f["min"] for f in finite], [f["max"] for f in finite],
                           color=colour, alpha=0.2)  # fmt: skip
     axes.set(yscale="log", xlabel="rank", ylabel="suboptimality of the averaged iterate")
@@ -82,7 +89,7 @@ def _draw_memories(axes: Axes, record: dict[str, Any], problem: str) -> None:
     for place, floor in enumerate(floors):
         value = floor["median"]
         colour = "C1" if floor["variant"].startswith("no feedback") else "C0"
-        if value is None or not math.isfinite(value):
+        if not _finite(value):
             axes.text(axes.get_xlim()[0], place, " diverged", va="center", fontsize=8)
             continue
         axes.barh(place, value, color=colour)

@@ -6,14 +6,12 @@ What it cannot tell itself (the system ended it) its parent does.
 
 import contextlib
 import json
-import platform
 import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ from gradlite import methods
 from gradlite.compare.energy import layer_means
 from gradlite.compare.loop import UNTIMED_STEPS, Diverged, Loop, Measured
 from gradlite.compare.record import Curve, HeldOut, Record, Spread, Status, write_record
-from gradlite.compare.rows import TokenRow, prepare
+from gradlite.compare.rows import TokenRow, TooShort, prepare
 from gradlite.compare.runs import BAD_INPUT, STEP, RunSpec
 from gradlite.errors import GradLiteError
 from gradlite.evaluate.held_out import HeldOutLoss, held_out_loss
@@ -37,6 +35,7 @@ from gradlite.measure.machine import machine
 from gradlite.measure.memory import peak_memory_bytes
 from gradlite.measure.process_memory import anonymous_bytes
 from gradlite.measure.throughput import Rates, rates
+from gradlite.measure.versions import versions
 from gradlite.methods.method import Method
 from gradlite.train.loss import summed_loss
 from gradlite.train.matmul_caches import limit_matmul_caches
@@ -44,16 +43,11 @@ from gradlite.train.models import load_model_and_tokenizer
 from gradlite.train.out_of_memory import is_out_of_memory
 from gradlite.train.quiet import quiet_libraries
 
-_PACKAGES = (
-    "gradlite-llm", "torch", "transformers", "trl", "peft", "torchao", "bitsandbytes", "lomo-optim", "galore-torch", "fira",
-    "apollo-torch", "badam", "ista-daslab-optimizers",
-)  # fmt: skip
-
 
 def work(spec: RunSpec, command: str) -> Record:
     """Do one run and return its record; errors become a record with their reason.
 
-    Raises GradLiteError where model or data cannot be had: no other method could run either.
+    Raises GradLiteError where model or data cannot be had: no other run could be done either.
     """
     circumstances: dict[str, Any] = {
         "versions": versions(),
@@ -67,9 +61,9 @@ def work(spec: RunSpec, command: str) -> Record:
     except Diverged as error:
         return spec.record("failed", f"diverged: {error}", **run.so_far(), **circumstances)
     except GradLiteError as error:
-        if run.loop is None:
+        if run.loop is None and not isinstance(error, TooShort):
             raise
-        return spec.record("failed", str(error), **circumstances)
+        return spec.record("failed", str(error).splitlines()[0], **circumstances)
     except Exception as error:  # noqa: BLE001 - whatever a method stumbles over is its row's reason
         traceback.print_exc()
         first_line = (str(error).strip() or "no message").splitlines()[0]
@@ -106,8 +100,6 @@ class _Run:
         after = self._evaluate(method.model, rows.held_out, step=spec.steps, seconds=sum(loop.measured.seconds))
         if after is not None and self.held_out[-1].loss is None:
             raise Diverged("the held-out loss is not finite after training")
-        if not method.claims.clipping:
-            self.options["max_grad_norm"] = None
         skipped = method.skipped_steps
         return {
             **self.so_far(),
@@ -149,6 +141,8 @@ class _Run:
         spec = self.spec
         own = {"seed": spec.seed} if spec.method in methods.SEEDED else {}
         method = methods.build(spec.method, self.model, lr=spec.lr, **{**own, **spec.options})
+        if not method.claims.clipping:
+            self.options["max_grad_norm"] = None
         name = "constant_with_warmup" if spec.schedule == "constant" else spec.schedule
         scheduler: LRScheduler = get_scheduler(name, method.optimizer, spec.warmup_steps, spec.steps)
         return method, scheduler
@@ -189,15 +183,6 @@ def _tell(seen: Measured) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         raise SystemExit("the comparison that this run belongs to is gone") from None
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of every package that a method may use, where installed."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 def main() -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradlite.errors import GradLiteError
+
 SummedLoss = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor, Tensor]]
 
 
@@ -29,6 +31,8 @@ def held_out_loss(
 ) -> HeldOutLoss:
     """Evaluate `model` on examples (input_ids and labels), batched by length. Uses no random numbers.
 
+    Raises GradLiteError where no token counts.
+
     `summed_loss` is the loss of one batch, summed over its tokens that count, and their number.
     """
     was_training = model.training
@@ -44,4 +48,6 @@ def held_out_loss(
             count += int(num_tokens)
     finally:
         model.train(was_training)
+    if not count:
+        raise GradLiteError("no held-out token counts for the loss; give rows with an answer.")
     return HeldOutLoss(total / count, count)

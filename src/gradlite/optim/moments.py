@@ -4,6 +4,7 @@ Codes run along the columns of a matrix (one basis direction over 256 output row
 far more in size than the rows do.
 """
 
+from functools import lru_cache
 from typing import Literal, Protocol
 
 import torch
@@ -77,6 +78,12 @@ class FloatMoments:
         state["exp_avg_sq"].copy_(exp_avg_sq)
 
 
+@lru_cache(maxsize=4)
+def _corrections(step: int, beta1: float, beta2: float, device: torch.device) -> Tensor:
+    """AdamW's two bias corrections as a tensor: copied to a GPU once a step, and not once a parameter."""
+    return torch.tensor([1.0 - beta1**step, 1.0 - beta2**step], device=device)
+
+
 class Int8Moments:
     """Block-wise 8-bit codes of ``m/√v`` and ``v``: 2.03 bytes an element (see :mod:`gradlite.optim.codes`)."""
 
@@ -100,7 +107,7 @@ class Int8Moments:
         grad_BS = blocks_of(turned)
         ratio, square = _codes(state)
         beta1, beta2 = betas
-        corrections = torch.tensor([1.0 - beta1**step, 1.0 - beta2**step], device=grad.device)
+        corrections = _corrections(step, beta1, beta2, grad.device)
         direction_BS, sum_1, *codes = kernel(_advance, beta1, beta2, eps)(
             grad_BS, corrections, *ratio.blocks(), *square.blocks(), *_noises(noise, grad_BS.numel())
         )

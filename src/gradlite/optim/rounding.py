@@ -14,8 +14,14 @@ import torch
 from torch import Tensor
 
 TILE = 1 << 19  # elements of float32 workspace, 2 MiB: stays in a core's cache, and bounds the step's temporaries
+_TILE_CUDA = 1 << 24  # 64 MiB: a large model's update is some hundred kernels then, instead of tens of thousands
 TABLE = 1 << 20
 _ALIGNED = 16  # elements: reads begin where vector loads may
+
+
+def tile_of(device: torch.device) -> int:
+    """Elements of float32 workspace at a time."""
+    return _TILE_CUDA if device.type == "cuda" else TILE
 
 
 class NoiseTable:
@@ -29,7 +35,7 @@ class NoiseTable:
     @cached_property
     def bits(self) -> Tensor:
         """The table, int32 values in [0, 65536)."""
-        bits = torch.empty(TABLE + TILE, dtype=torch.int32, device=self._generator.device)
+        bits = torch.empty(TABLE + tile_of(self._device), dtype=torch.int32, device=self._generator.device)
         return bits.random_(0, 1 << 16, generator=self._generator).to(self._device)
 
     @cached_property
@@ -47,7 +53,7 @@ class NoiseTable:
         return self._offsets[self._next]
 
     def take_bits(self, count: int) -> Tensor:
-        """``count`` ≤ TILE int32 values in [0, 65536)."""
+        """``count`` ≤ one tile of int32 values in [0, 65536)."""
         offset = self._offset()
         return self.bits[offset : offset + count]
 
@@ -61,7 +67,7 @@ class NoiseTable:
 
 
 def round_into_(target: Tensor, values: Tensor, noise: NoiseTable) -> None:
-    """Writes float32 ``values`` (≤ TILE of them; overwritten) into bfloat16 ``target``, rounded stochastically.
+    """Writes float32 ``values`` (one tile at most; overwritten) into bfloat16 ``target``, rounded stochastically.
 
     The mean over the noise is ``values`` exactly; NaN and infinity stay what they are only if the caller keeps them out.
     """
@@ -82,7 +88,7 @@ def low_rank_update_(
     if weight_MN.dtype in (torch.float32, torch.float64):
         weight_MN.addmm_(left_MS.to(weight_MN.dtype), right_NS.to(weight_MN.dtype).T, beta=decay, alpha=alpha)
         return
-    rows = max(1, TILE // weight_MN.shape[1])
+    rows = max(1, tile_of(weight_MN.device) // weight_MN.shape[1])
     for start in range(0, weight_MN.shape[0], rows):
         tile = weight_MN[start : start + rows]
         values = tile.float()
@@ -96,18 +102,20 @@ def dense_update_(weight: Tensor, update: Tensor, alpha: float, decay: float, no
         weight.mul_(decay).add_(update, alpha=alpha)
         return
     flat_weight, flat_update = weight.view(-1), update.reshape(-1)  # decoded moments run along columns
-    for start in range(0, flat_weight.numel(), TILE):
-        tile = flat_weight[start : start + TILE]
-        values = tile.float().mul_(decay).add_(flat_update[start : start + TILE], alpha=alpha)
+    size = tile_of(weight.device)
+    for start in range(0, flat_weight.numel(), size):
+        tile = flat_weight[start : start + size]
+        values = tile.float().mul_(decay).add_(flat_update[start : start + size], alpha=alpha)
         _store(tile, values, noise)
 
 
 def _store(tile: Tensor, values: Tensor, noise: NoiseTable | None) -> None:
     if noise is not None and tile.dtype == torch.bfloat16:
-        if values.numel() <= TILE:
+        size = tile_of(tile.device)
+        if values.numel() <= size:
             round_into_(tile, values, noise)
         else:  # a single row wider than a tile
-            for part, numbers in zip(tile.view(-1).split(TILE), values.view(-1).split(TILE), strict=True):
+            for part, numbers in zip(tile.view(-1).split(size), values.view(-1).split(size), strict=True):
                 round_into_(part, numbers, noise)
     else:
         tile.copy_(values)

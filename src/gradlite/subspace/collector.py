@@ -152,10 +152,10 @@ class Window:
         return torch.where(norm > 0, grad.to(norm.dtype) / norm, torch.ones_like(norm)).squeeze(0)
 
     def follow(self, device: torch.device) -> None:
-        """Draws from a generator on the model's device, seeded from the one so far."""
+        """Draws from a generator on the model's device, seeded from the one so far: no numbers come twice."""
         if self.generator.device != device:
-            moved = torch.Generator(device=device)
-            moved.manual_seed(self.generator.initial_seed())
+            seed = torch.randint(2**32, (), generator=self.generator, device=self.generator.device)
+            moved = torch.Generator(device=device).manual_seed(int(seed))
             self.generator = moved
 
     def share_basis(self, collector: "Collector", x: Tensor) -> None:

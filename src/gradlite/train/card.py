@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from gradlite.train.config import TrainConfig
+from gradlite.train.config import DEFAULT_MODEL, TrainConfig
 from gradlite.train.words import in_bytes, in_count, in_time
 
 
@@ -40,7 +41,7 @@ def model_card(config: TrainConfig, result: Result, versions: Mapping[str, str])
     """README.md in the form that the Hugging Face hub reads."""
     library = "transformers" if result.full_parameter or result.method == "badam" else "peft"
     header = yaml.safe_dump(
-        {"base_model": config.model, "library_name": library, "pipeline_tag": "text-generation", "tags": ["gradlite"]}
+        {**_base_model(config.model), "library_name": library, "pipeline_tag": "text-generation", "tags": ["gradlite"]}
     )
     questions = "\n".join(
         _question(before, after) for before, after in zip(result.answers_before, result.answers_after, strict=True)
@@ -79,6 +80,13 @@ Made with {", ".join(f"{name} {version}" for name, version in versions.items())}
 ## Held-out questions
 {questions}
 """
+
+
+def _base_model(name: str) -> dict[str, str]:
+    """What the hub links the card to: it knows hub ids, and refuses a card with a path of this machine in it."""
+    if name == DEFAULT_MODEL:
+        return {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+    return {} if Path(name).exists() else {"base_model": name}
 
 
 def _how(config: TrainConfig, result: Result) -> str:

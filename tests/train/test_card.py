@@ -1,0 +1,22 @@
+"""What the model card tells the hub."""
+
+from pathlib import Path
+
+import pytest
+
+from gradlite.train.card import _base_model
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("smollm2", {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}),
+        ("Qwen/Qwen2.5-0.5B", {"base_model": "Qwen/Qwen2.5-0.5B"}),
+        (".", {}),
+    ],
+)
+def test_the_base_model_is_a_hub_id_or_nothing(
+    name: str, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _base_model(name) == expected
