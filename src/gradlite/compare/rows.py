@@ -83,7 +83,7 @@ def _endless(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, sp
             )
         if not usable:
             raise GradLiteError(
-                f"no training row of {spec.dataset!r} has an answer within {spec.seq_len} tokens; raise seq_len or give more data."
+                f"no training row of {spec.dataset!r} has an answer within {spec.seq_len} tokens; raise seq_len."
             )
 
 
