@@ -1,5 +1,6 @@
 # make demo   on a machine with nothing but Python 3.11 or newer: install, and fine-tune the embedded model on the embedded data
 # make test   install, then the fast tests, the linter and the type checker
+# make test-slow  the tests that take more than a few seconds each (whole models; some minutes)
 # make format write the code as the linter wants it
 # make clean  remove the environment and what tools left behind (runs/ stays)
 
@@ -12,15 +13,18 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 # Any flag of `gradlite train` can be given: make demo DEMO_FLAGS="--max-steps 20"
 DEMO_FLAGS ?= --max-steps 120 --batch-size 4 --seq-len 256 --eval-examples 64 --overwrite
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-slow lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
 	$(BIN)/gradlite train $(DEMO_FLAGS)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow"
 	$(MAKE) --no-print-directory lint
+
+test-slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -315,13 +315,15 @@ def test_moving_to_another_format(moved_at: int, tiny_model: Build, batches: Bat
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-def test_train_and_eval(tiny_model: Build, batches: Batches) -> None:
-    model = tiny_model()
+def test_in_evaluation_it_is_the_plain_model(tiny_model: Build, batches: Batches) -> None:
+    plain, model = tiny_model(), tiny_model()
     gradlite.attach(model, rank=4)
-    assert not model.eval().training
-    assert model.train().training
+    model(batches(1)[0]).backward()  # makes the bases
+    for each in (plain, model):
+        each.eval()
     with torch.no_grad():
-        assert not model(batches(1)[0]).requires_grad
+        torch.testing.assert_close(model(batches(1)[0]), plain(batches(1)[0]), rtol=0, atol=1e-12)
+    assert model.train().training
 
 
 # ---- shared bases ---------------------------------------------------------------------------------------------------
@@ -359,7 +361,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_model: Build, batches: Batc
         model, other = tiny_model(), tiny_model()
         inner = other.block
         other.block = lambda h, inner=inner, r=reentrant: checkpoint(inner, h, use_reentrant=r)  # type: ignore[assignment]
-        optimizers = [gradlite.GradLite(m, lr=1e-2, rank=4, moments="fp32") for m in (model, other)]
+        optimizers = [gradlite.GradLite(m, lr=1e-2, rank=4, moments="fp32", feedback="same_step") for m in (model, other)]
         for ids in batches(4):
             for m in (model, other):
                 m(ids).backward()

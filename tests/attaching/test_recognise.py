@@ -132,6 +132,7 @@ def test_a_norm_that_may_be_gated() -> None:
     model = nn.ModuleDict({"norm": GatedNorm(), "linear": nn.Linear(24, 24)})
     model["norm"].load_state_dict(plain.state_dict())
     gradlite.attach(model, rank=4)
+    assert type(model["norm"]) is not GatedNorm  # is taken over
     x, gate = torch.randn(3, 24, requires_grad=True), torch.randn(3, 24)
     torch.testing.assert_close(model["norm"](x, gate), plain(x, gate))
     torch.testing.assert_close(model["norm"](x), plain(x))

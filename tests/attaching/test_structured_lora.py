@@ -304,7 +304,7 @@ def test_autocast(options: dict[str, Any], lora: Any) -> None:
     assert ours <= 1.2 * pefts <= 0.1
 
 
-def test_a_second_adapter_and_switched_off_ones_run_pefts_code(lora: Any, tokens: Tokens) -> None:
+def test_switched_off_merged_and_second_adapters_run_pefts_code(lora: Any, tokens: Tokens) -> None:
     plain = lora()
     model = gradlite.structured_lora(copy.deepcopy(plain))
     with torch.no_grad():
@@ -313,6 +313,22 @@ def test_a_second_adapter_and_switched_off_ones_run_pefts_code(lora: Any, tokens
         model.merge_adapter()
         plain.merge_adapter()
         torch.testing.assert_close(model(**tokens).loss, plain(**tokens).loss)
+        model.unmerge_adapter()
+        plain.unmerge_adapter()
+    first = float(plain(**tokens).loss.detach())
+    for each in (model, plain):
+        torch.manual_seed(5)
+        each.add_adapter("second", peft.LoraConfig(r=2, target_modules=SEVEN, init_lora_weights=False))
+        each.set_adapter("second")
+        backward(each, tokens)
+    assert abs(float(plain(**tokens).loss.detach()) - first) > 1e-4
+    torch.testing.assert_close(model(**tokens).loss, plain(**tokens).loss)
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    wanted = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    assert found.keys() == wanted.keys()
+    assert all(".second." in name for name in wanted)
+    for name, grad in wanted.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-7, msg=name)
 
 
 # ---- training, files, undoing ---------------------------------------------------------------------------------------

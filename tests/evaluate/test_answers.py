@@ -48,3 +48,25 @@ def test_answers_are_greedy_and_questions_are_shown_as_asked(monkeypatch: pytest
             with torch.no_grad():
                 ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
         assert answer.answer == tokenizer.decode(ids[0, 3:].tolist(), skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("whose", ["tokenizer", "model"])
+def test_an_end_token_ends_an_answer(whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "MAX_NEW_TOKENS", 4)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    tokenizer: Any = Numbers()
+    asked = [Asked([1, 2, 3], [3], "")]
+    (long,) = answer_questions(model, tokenizer, asked)
+    first = int(long.answer.split()[0])
+    if whose == "model":
+        model.generation_config.eos_token_id = [31 if first != 31 else 30, first]
+    else:
+        monkeypatch.setattr(Numbers, "eos_token_id", first)
+    (short,) = answer_questions(model, tokenizer, asked)
+    assert len(long.answer.split()) == 4
+    assert short.answer == str(first)

@@ -37,7 +37,7 @@ def test_the_error_of_every_element_is_below_one_step(name: str, width: int) -> 
     step = groups.abs().amax(-1, keepdim=True) / (limit - 1)
     error = (round_trip(codec, x) - x).unflatten(-1, (-1, group_size(width))).abs()
     assert (error < step).all()
-    assert error.max() > 0.5 * step.min()  # rounded up or down by chance, not to the nearest
+    assert (error > 0.6 * step).any()  # rounded up or down by chance, not to the nearest
 
 
 def test_odd_widths_in_eight_bits() -> None:

@@ -1,5 +1,6 @@
 """MeSP and MeBP train as PEFT's LoRA does; block inputs in memory-mapped files; the model comes back as it was."""
 
+import copy
 import errno
 import os
 import tempfile
@@ -65,6 +66,32 @@ def test_trains_as_lora(name: str, options: dict[str, Any]) -> None:
     plain = build("lora", **{key: value for key, value in options.items() if key == "dropout"})
     torch.testing.assert_close(train(method), train(plain), rtol=1e-4, atol=0)
     assert not method.claims.full_parameter
+
+
+@pytest.mark.parametrize("hold", ["int8", "recompute-int8"])
+def test_a_resumed_run_rounds_as_the_uninterrupted_one(hold: str) -> None:
+    whole, parts = build("mesp", hold=hold), build("mesp", hold=hold)
+    train(whole, 3)
+    other = build("mesp", hold=hold, seed=1)
+    for method in (parts, other):
+        method.model.load_state_dict(whole.model.state_dict())
+        method.load_state_dict(copy.deepcopy(whole.state_dict()))
+    losses = train(whole)
+    assert torch.equal(train(parts), losses)
+    assert not torch.equal(train(other), losses)  # the rounding does matter here
+
+
+@pytest.mark.parametrize(("name", "options"), [("mesp", {"hold": "recompute-mapped"}), ("mebp", {"block_inputs": "mapped"})])
+def test_block_inputs_are_in_files(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    put, sizes = MappedFile.put, []
+
+    def counted(self: MappedFile, leaves: tuple[Tensor, ...]) -> Any:
+        sizes.append([tuple(leaf.shape) for leaf in leaves])
+        return put(self, leaves)
+
+    monkeypatch.setattr(MappedFile, "put", counted)
+    train(build(name, **options), 1)
+    assert sizes == [[(14, 16)]] * 2  # of two blocks
 
 
 @pytest.mark.parametrize("name", ["mesp", "mebp"])

@@ -135,7 +135,7 @@ def test_clipping_equals_a_smaller_loss(feedback: Feedback, sampled: str, tiny_m
 
 def test_a_loss_scaler_changes_nothing(tiny_model: Build, batches: Batches) -> None:
     plain, scaled = tiny_model(torch.float32), tiny_model(torch.float32)
-    optimizers = [gradlite.GradLite(model, **EXACT) for model in (plain, scaled)]
+    optimizers = [gradlite.GradLite(model, feedback="same_step", **EXACT) for model in (plain, scaled)]
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for ids in batches(5):
         plain(ids).backward()
@@ -214,7 +214,7 @@ def test_every_way_to_clear_gradients(how: str, abandoned: bool, tiny_model: Bui
 
 def test_evaluation_between_backward_and_step_changes_nothing(tiny_model: Build, batches: Batches) -> None:
     model, fresh = tiny_model(), tiny_model()
-    optimizers = [gradlite.GradLite(m, **EXACT) for m in (model, fresh)]
+    optimizers = [gradlite.GradLite(m, feedback="same_step", **EXACT) for m in (model, fresh)]
     with torch.inference_mode():
         model(batches(1)[0])
     for ids in batches(4):
@@ -445,13 +445,20 @@ def test_a_state_from_another_kind_of_device_or_an_older_version_loads(tiny_mode
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("settings", [{}, {"feedback": "same_step"}, {"feedback": "off", "moments": "fp32"}])
-@pytest.mark.parametrize("memory", ["factored", "int4", "fp32"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"feedback": "same_step"},
+        {"feedback": "off", "moments": "fp32"},
+        *({"feedback": "feedback", "feedback_memory": memory} for memory in ("factored", "int4", "fp32")),
+    ],
+)
 def test_expected_bytes_are_the_bytes_that_exist(
-    dtype: torch.dtype, settings: dict[str, Any], memory: Any, tiny_model: Build, batches: Batches
+    dtype: torch.dtype, settings: dict[str, Any], tiny_model: Build, batches: Batches
 ) -> None:
     model = tiny_model(dtype)
-    optimizer = gradlite.GradLite(model, rank=8, feedback_memory=memory, refresh_interval=100, **settings)
+    optimizer = gradlite.GradLite(model, rank=8, refresh_interval=100, **settings)
     for ids in batches(2):
         optimizer.zero_grad()
         model(ids).backward()
@@ -461,6 +468,7 @@ def test_expected_bytes_are_the_bytes_that_exist(
             assert optimizer.state_bytes() == optimizer.expected_bytes()
         optimizer.step()
     assert optimizer.state_bytes()["residual sample"] == 0
+    assert (optimizer.expected_bytes()["error memory"] > 0) == (settings.get("feedback") == "feedback")
     assert optimizer.expected_bytes()["weights"] == sum(
         value.nbytes for value in {id(p): p for p in own_parameters(model)}.values()
     )

@@ -28,8 +28,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ldadam": {"lr": 2e-3, "accumulation": 2},
     "badam": {"lr": 5e-3, "method_options": {"switch_block_every": 2}},
     "lora": {"lr": 2e-2, "method_options": {"dropout": 0.1}},
+    "mesp": {"lr": 2e-2, "lora_rank": 4},
+    "mebp": {"lr": 2e-2, "lora_rank": 4},
     "mezo": {"lr": 2e-3, "max_steps": 40},
 }
+
+
+ADAPTERS = ("lora", "mesp", "mebp")
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +46,7 @@ def _fast() -> Iterator[None]:
 
 
 def weights(folder: Path, method: str) -> dict[str, Tensor]:
-    loader = AutoPeftModelForCausalLM if method == "lora" else AutoModelForCausalLM
+    loader = AutoPeftModelForCausalLM if method in ADAPTERS else AutoModelForCausalLM
     return dict(loader.from_pretrained(folder).state_dict())
 
 
@@ -64,9 +69,9 @@ def test_a_run_trains_and_resumes_to_the_same_model(train: Train, monkeypatch: p
     assert "nan" not in whole.shown
     card = (whole.path / "README.md").read_text()
     assert f"the method `{method}`" in card
-    assert yaml.safe_load(card.split("---")[1])["library_name"] == ("peft" if method == "lora" else "transformers")
-    assert (whole.path / "adapter_model.safetensors").exists() == (method == "lora")
-    assert (whole.path / "model.safetensors").exists() == (method != "lora")
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == ("peft" if method in ADAPTERS else "transformers")
+    assert (whole.path / "adapter_model.safetensors").exists() == (method in ADAPTERS)
+    assert (whole.path / "model.safetensors").exists() == (method not in ADAPTERS)
 
     original = _Run._record_step
 
@@ -80,6 +85,7 @@ def test_a_run_trains_and_resumes_to_the_same_model(train: Train, monkeypatch: p
     with pytest.raises(Interrupted):
         train(name="parts", **settings)
     parts = train(name="parts", resume=True, **settings)
+    assert "going on from" in parts.shown
     expected, resumed = weights(whole.path, method), weights(parts.path, method)
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)

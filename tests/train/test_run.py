@@ -19,7 +19,7 @@ from gradlite.train.config import TrainConfig
 from gradlite.train.data import load_data
 from gradlite.train.loss import summed_loss
 from gradlite.train.run import _check_readable, _Run
-from gradlite.train.trainer import GradLiteTrainer
+from gradlite.train.trainer import NUM_CHECKPOINTS_KEPT, GradLiteTrainer
 
 Train = Callable[..., Any]  # the fixture's function: settings → what the run left
 
@@ -130,7 +130,15 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch) -> Any:
     return arrange
 
 
-@pytest.mark.parametrize("options", [{"dtype": "float32"}, {"dtype": "bfloat16", "accumulation": 2, "max_steps": 8}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "float32"},
+        {"dtype": "bfloat16", "accumulation": 2, "max_steps": 8},
+        {"dtype": "bfloat16", "hold": "int8"},
+        {"dtype": "float32", "hold": "recompute-int8"},
+    ],
+)
 def test_a_resumed_run_equals_the_uninterrupted_one(train: Train, interrupt_after: Any, options: dict[str, Any]) -> None:
     settings = {"save_every": 3, "eval_every": 2, **options}
     whole = train(name="whole", **settings)
@@ -142,10 +150,34 @@ def test_a_resumed_run_equals_the_uninterrupted_one(train: Train, interrupt_afte
     with pytest.raises(GradLiteError, match="lr"):
         train(name="parts", resume=True, **{**settings, "lr": 0.5})
     parts = train(name="parts", resume=True, **settings)
+    assert "going on from" in parts.shown
     assert same(weights(whole.path), weights(parts.path))
     assert whole.metrics() == parts.metrics()
     assert whole.record()["answers_before"] == parts.record()["answers_before"]
     assert whole.record()["loss_after"] == parts.record()["loss_after"]
+
+
+def test_schedule_and_warmup_are_followed(train: Train) -> None:
+    def rates(**settings: Any) -> list[float]:
+        lines = train(max_steps=6, lr=1e-3, warmup=2, overwrite=True, **settings).metrics()
+        return [line["learning_rate"] for line in lines if "loss" in line]
+
+    constant, cosine = rates(schedule="constant"), rates(schedule="cosine")
+    assert constant[0] < constant[1] < constant[2] == constant[-1] == 1e-3
+    assert cosine[2] == 1e-3 > cosine[3] > cosine[-1]
+
+
+def test_a_bound_on_the_gradients_norm_changes_what_is_learned(train: Train) -> None:
+    bounded = train(name="bounded", max_grad_norm=1e-4, method="adamw", method_options={"eps": 1.0}, lr=1.0)
+    free = train(name="free", max_grad_norm=0.0, method="adamw", method_options={"eps": 1.0}, lr=1.0)
+    assert bounded.record()["loss_after"] > free.record()["loss_after"] + 0.01
+
+
+def test_two_checkpoints_are_kept_and_steps_are_counted_as_the_trainer_does(train: Train) -> None:
+    outcome = train(max_steps=None, epochs=1.5, accumulation=2, save_every=2)
+    record = outcome.record()
+    assert record["steps"] == max(line["step"] for line in outcome.metrics() if "loss" in line)
+    assert len(list((outcome.path / "checkpoints").iterdir())) == NUM_CHECKPOINTS_KEPT
 
 
 def test_a_run_that_died_after_its_last_step_is_completed(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +191,7 @@ def test_a_run_that_died_after_its_last_step_is_completed(train: Train, monkeypa
     monkeypatch.undo()
     monkeypatch.setattr("gradlite.evaluate.answers.MAX_NEW_TOKENS", 4)
     parts = train(name="parts", save_every=3, resume=True)
+    assert "going on from" in parts.shown
     assert same(weights(whole.path), weights(parts.path))
     for key in ("num_tokens", "skipped_steps", "state_bytes", "loss_after"):
         assert parts.record()[key] == whole.record()[key], key

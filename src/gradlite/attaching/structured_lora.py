@@ -20,6 +20,7 @@ from gradlite.attaching.operators import Operator, Operators, give_back, recogni
 from gradlite.attaching.recognise import is_linear
 from gradlite.attaching.twins import become_itself, become_recognised, refuse_twins
 from gradlite.errors import GradLiteError
+from gradlite.hold.noise import Noise
 
 Model = TypeVar("Model", bound=nn.Module)
 Base = Literal["as it is", "int4"]
@@ -125,6 +126,12 @@ def undo_structured_lora(peft_model: Model) -> Model:
     for module in structured.marked:
         object.__delattr__(module, _ATTRIBUTE)
     return peft_model
+
+
+def noise_of(peft_model: Model) -> Noise:
+    """The numbers that round what a lossy way of holding keeps: their position is what a resumed run needs."""
+    structured: StructuredLora = getattr(peft_model, _ATTRIBUTE)
+    return structured.operators.noise
 
 
 def _check_options(base: object, store_h: object, inputs: object, plan: HoldPlan, seed: object) -> None:

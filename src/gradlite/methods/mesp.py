@@ -4,13 +4,14 @@ The adapter is PEFT's and trained by AdamW, as in :mod:`gradlite.methods.adapter
 :func:`gradlite.structured_lora`'s. Gradients equal those of plain LoRA.
 """
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 from pydantic import Field
 from torch import nn
 
 from gradlite.attaching.holding import Hold
-from gradlite.attaching.structured_lora import Base, Inputs, structured_lora, undo_structured_lora
+from gradlite.attaching.structured_lora import Base, Inputs, noise_of, structured_lora, undo_structured_lora
 from gradlite.methods.adapters import Dropout, Modules, lora_as
 from gradlite.methods.method import Betas, Count, Epsilon, Method, Rate
 
@@ -39,7 +40,14 @@ def mesp(
 
 
 class StructuredLoraMethod(Method):
-    """Gives the model its own classes back when it is finished."""
+    """Saves the place in the noise that rounds held tensors; gives the model its own classes back when it is finished."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "noise_reads": noise_of(self.model).reads}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        noise_of(self.model).reads = int(state.get("noise_reads", 0))  # states of before have none
 
     def finish(self) -> nn.Module:
         return undo_structured_lora(super().finish())
