@@ -96,7 +96,7 @@ class Point:
 def run_theorem(output_dir: Path, console: Console | None = None, settings: Settings = DEFAULT_SETTINGS) -> Path:
     """Runs what is missing of ``output_dir/theorem.json``, writes theorem.md and theorem.png beside it; returns its path.
 
-    About five minutes on one thread. ``console``: where progress and tables are shown; nothing is shown without one.
+    About 14 minutes on one thread. ``console``: where progress and tables are shown; nothing is shown without one.
     """
     console = console or Console(quiet=True)
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,6 @@ def subspace_scale(width: int, rank: int) -> float:
     """``s = (n/r)^¼``: what makes AdamW's learning rates those of a basis of rank r in n dimensions; 1 at full rank.
 
     ``√(n/r)`` would make the update as long as AdamW's, which was measured to be too long: docs/method.md, section 3. At
-    ``(n/r)^¼`` the best rates of both methods agree within a factor of 1.4 on two data sets, by parabolas through the sweeps.
+    ``(n/r)^¼`` the best rates of both methods agree within a factor of 1.6 on two data sets, by parabolas through the sweeps.
     """
     return float((width / rank) ** 0.25)
