@@ -121,3 +121,21 @@ def test_bfloat16_is_as_good_as_the_models_own(
     # Coordinates are rounded to bfloat16 once more than full gradients, and turned back in bfloat16 here.
     assert error(found) <= 1.5 * error(own)
     assert abs(losses[2] - losses[0]) <= 1.5 * abs(losses[1] - losses[0]) + 2e-3
+
+
+@pytest.mark.parametrize("hold", ["int8", "recompute", "recompute-int8"])
+def test_bfloat16_with_other_ways_of_holding(
+    hold: HoldMode, build: Build, attached: Any, tokens: dict[str, Tensor], gradients: Callable[..., dict[str, Tensor]]
+) -> None:
+    """Against float32: ``recompute`` is as good as exact holding, codes add their rounding to bfloat16's."""
+    truth = build("llama", torch.float32)
+    plain = build("llama", torch.bfloat16)
+    truth.load_state_dict({name: value.float() for name, value in plain.state_dict().items()})
+    models = [truth, attached(plain), attached(plain, hold)]
+    for each in models:
+        each(**tokens).loss.backward()
+    exact, usual, found = ({name: grad.float() for name, grad in gradients(each).items()} for each in models)
+    if hold == "recompute":
+        assert all(torch.equal(found[name], usual[name]) for name in usual)
+    a, b = (torch.cat([each[name].flatten().double() for name in exact]) for each in (found, exact))
+    assert torch.cosine_similarity(a, b, dim=0) > 0.99

@@ -120,8 +120,10 @@ def test_help_lists_every_key_with_its_default(gradlite: CommandLine) -> None:
     assert result.code == 0
     for key, default in TrainConfig().settings().items():
         line = next(line for line in result.out.splitlines() if f"{flag_of(key)} " in line)
-        if isinstance(default, str):
-            assert f"default: {default})" in line
+        words = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
+        if isinstance(default, list):
+            words = ",".join(map(str, default))
+        assert (f"default: {words})" in line) == (default not in (None, [])), key
 
 
 @pytest.mark.parametrize("arguments", [["train", "--help"], ["--version"], []])

@@ -11,6 +11,8 @@ from torch.utils.data import Dataset
 import gradlite
 from gradlite.attaching import attachment_of
 
+datasets = pytest.importorskip("datasets")
+tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("default")  # what third parties warn of is not ours to fail on
 
@@ -22,6 +24,12 @@ def llama(tied: bool = True) -> Any:
         num_key_value_heads=1, tie_word_embeddings=tied, max_position_embeddings=32,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
+
+
+def words() -> Any:
+    """A tokenizer whose tokens are numbers."""
+    vocabulary = {str(number): number for number in range(64)}
+    return tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="0"))
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
@@ -127,3 +135,27 @@ def test_trainer_with_gradient_checkpointing(tmp_path: Path) -> None:
     trainer(saving, tmp_path / "b", 3, gradient_checkpointing=True).train()
     for (name, value), other in zip(plain.state_dict().items(), saving.state_dict().values(), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_trls_trainer_trains(tmp_path: Path) -> None:
+    """It multiplies by the head's weight past its layer, which is told, and trains all the same."""
+    trl = pytest.importorskip("trl")
+    model = llama(tied=False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=4, logging_steps=1, report_to=[], use_cpu=True,
+        disable_tqdm=True, seed=1, bf16=False, gradient_checkpointing=False, save_strategy="no", max_length=16,
+    )  # fmt: skip
+    rows = [{key: part.tolist() for key, part in Rows()[number].items()} for number in range(24)]
+    settings = {"lr": 5e-3, "rank": 8}
+    optimizer = (gradlite.optimizer_factory, settings)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words(), pad_token="0", eos_token="1")
+    data = datasets.Dataset.from_list(rows)
+    trainer = trl.SFTTrainer(
+        model, arguments, train_dataset=data, processing_class=tokenizer, optimizer_cls_and_kwargs=optimizer
+    )
+    with pytest.warns(UserWarning, match="is used outside its layer"):
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.1
+    assert all(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
