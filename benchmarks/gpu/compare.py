@@ -26,6 +26,7 @@ import time
 import traceback
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,10 @@ def run(name: str, shape_name: str) -> dict[str, Any]:
 
 
 class Steps:
-    """The steps of one method, one after the other; raises GradLiteError where one of them trains nothing."""
+    """The steps of one method, one after the other; raises GradLiteError where one of them trains nothing.
+
+    As gradlite.compare.loop, whose records need pydantic, which a bare machine does not have.
+    """
 
     def __init__(self, method: Method, shape: Shape, device: torch.device) -> None:
         self.method, self.shape, self.device = method, shape, device
@@ -219,7 +223,12 @@ def measure(steps: Steps, weights: int, watch: AllocationWatch | None) -> dict[s
         "tokens_per_second": vars(speed),
         "samples_per_second": vars(samples),
         "step_seconds": seconds,
-        "memory": {"peak_bytes": peak, "peak_above_weights_bytes": peak - weights, "note": note},
+        "memory": {
+            "peak_bytes": peak,
+            "peak_above_weights_bytes": peak - weights,
+            "by_category_bytes": None if watch is None else asdict(watch.peaks[-1]),
+            "note": note,
+        },
     }
 
 

@@ -17,7 +17,7 @@ from gradlite.attaching import attachment_of
 from gradlite.attaching.attachment import Attachment
 from gradlite.attaching.holding import HoldMode, HoldPlan
 from gradlite.hold.codec import EXACT, INT8
-from gradlite.train import config
+from gradlite.train import config, fields
 
 Build = Callable[..., nn.Module]
 Tokens = dict[str, Tensor]
@@ -388,7 +388,7 @@ def test_mistakes(hold: Any, message: str, build: Build) -> None:
 
 def test_the_command_line_knows_every_mode() -> None:
     assert get_args(config.HoldMode) == get_args(HoldMode)
-    assert all(f"'{mode}'" in config.accepts_of(config.TrainConfig.model_fields["hold"]) for mode in get_args(HoldMode))
+    assert all(f"'{mode}'" in fields.accepts_of(config.TrainConfig.model_fields["hold"]) for mode in get_args(HoldMode))
 
 
 def test_attention_with_dropout_is_named_as_not_recognised(build: Build) -> None:

@@ -12,7 +12,8 @@ import yaml
 
 from gradlite.cli.app import main
 from gradlite.errors import GradLiteError
-from gradlite.train.config import TrainConfig, flag_of
+from gradlite.train.config import TrainConfig
+from gradlite.train.fields import flag_of
 
 
 @dataclass

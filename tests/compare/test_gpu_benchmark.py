@@ -46,12 +46,19 @@ def test_a_run_leaves_a_record(name: str, load: Any, tmp_path: Path) -> None:
     weight_bytes = record.memory.peak_bytes - record.memory.peak_above_weights_bytes
     model = compare.build_model(compare.SHAPES["tiny"], torch.device("cpu"))
     assert weight_bytes >= sum(2 * parameter.numel() for parameter in model.parameters())
-    assert record.memory.peak_above_weights_bytes > 0
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    assert record.memory.by_category_bytes is not None
+    state = record.memory.by_category_bytes.optimizer_state  # made in earlier steps
+    assert state >= 4 * num_weights if name == "adamw-checkpointed" else state > 0
+    assert record.memory.peak_above_weights_bytes >= state
+    assert record.options["compiled"] is False
+    assert record.options["max_grad_norm"] == 1.0
     (tmp_path / f"{name}.json").write_text(record.model_dump_json())
     table = compare.table_of(tmp_path, compare.SHAPES["tiny"])
     share = float(table.splitlines()[2].split("|")[5])
     assert 0.0 <= share < 1.0
     assert f"{record.tokens_per_second.median:,.0f} (" in table
+    assert ("kernels in eager mode" in table) == (name == "gradlite-int8")
 
 
 def test_galore_runs_without_its_decompositions(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:

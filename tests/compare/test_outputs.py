@@ -7,6 +7,7 @@ import pytest
 from matplotlib.image import imread
 
 from gradlite.compare.experiment import Experiment, load_experiment
+from gradlite.compare.figures import memory_bars
 from gradlite.compare.outputs import draw_figures, tables_of, write_tables
 from gradlite.compare.record import ByCategory, Curve, HeldOut, Memory, Record, Spread
 from gradlite.compare.runs import sweep
@@ -69,6 +70,21 @@ def test_tables_show_the_records_of_their_work_alone(quality: Experiment, record
     (table,) = tables_of([quality], [added, longer, *reversed(records)]).values()
     assert [row[0] for row in table.rows] == [*(entry.label for entry in quality.methods), "foam"]
     assert table.rows[1][5] == "1"  # the longer run is no second one of this row
+
+
+def test_bars_are_of_one_run_and_show_the_whole_peak(records: list[Record]) -> None:
+    """Of three runs the one in the middle, not parts of all of them; added weights are a part, too."""
+
+    def run(seed: int, gradients: int, state: int, adapter: int) -> Record:
+        parts = ByCategory(
+            weights=10**9 + adapter, gradients=gradients, optimizer_state=state, held_activations=0, temporaries=0
+        )
+        above = gradients + state + adapter
+        memory = Memory(peak_bytes=10**9 + above, peak_above_weights_bytes=above, by_category_bytes=parts)
+        return records[0].model_copy(update={"seed": seed, "memory": memory, "held_out": [], "run": f"r{seed}"})
+
+    runs = [run(0, 10**9, 5 * 10**9, 0), run(1, 2 * 10**9, 10**9, 5 * 10**8), run(2, 10**8, 10**8, 0)]
+    assert memory_bars(runs) == {records[0].name: [2.0, 1.0, 0.0, 0.0, 0.5]}
 
 
 def test_figures_are_drawn_of_what_was_measured(tmp_path: Path, quality: Experiment, records: list[Record]) -> None:

@@ -28,14 +28,19 @@ class Numbers:
         return " ".join(map(str, ids))
 
 
-def test_answers_are_greedy_and_questions_are_shown_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "MAX_NEW_TOKENS", 4)
+def endless() -> LlamaForCausalLM:
+    """A tiny random model without an end token."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).train()
+    return LlamaForCausalLM(config)
+
+
+def test_answers_are_greedy_and_questions_are_shown_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "MAX_NEW_TOKENS", 4)
+    model = endless().train()
     tokenizer: Any = Numbers()
     asked = [Asked([1, 2, n], [n], "what?" if n == 3 else "") for n in range(3, 4 + NUM_QUESTIONS)]
     given = answer_questions(model, tokenizer, asked)
@@ -53,12 +58,7 @@ def test_answers_are_greedy_and_questions_are_shown_as_asked(monkeypatch: pytest
 @pytest.mark.parametrize("whose", ["tokenizer", "model"])
 def test_an_end_token_ends_an_answer(whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "MAX_NEW_TOKENS", 4)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    model = endless()
     tokenizer: Any = Numbers()
     asked = [Asked([1, 2, 3], [3], "")]
     (long,) = answer_questions(model, tokenizer, asked)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradlite.errors import GradLiteError
-from gradlite.train.config import GROUPS, LORA_METHODS, TrainConfig, accepts_of, group_of
+from gradlite.train.config import LORA_METHODS, TrainConfig
+from gradlite.train.fields import GROUPS, accepts_of, group_of
 
 # One value for each key that differs from its default, as YAML or a flag would hold it.
 OTHER_VALUES: dict[str, object] = {

@@ -14,7 +14,8 @@ import typer
 from pydantic.fields import FieldInfo
 
 from gradlite.errors import GradLiteError
-from gradlite.train.config import GROUPS, TrainConfig, accepted_kinds, flag_of, group_of, nearest_key
+from gradlite.train.config import TrainConfig, nearest_key
+from gradlite.train.fields import GROUPS, accepted_kinds, flag_of, group_of
 
 # Options that no flag of ours is are kept for `refuse_leftovers`, which suggests the nearest one.
 KEEP_UNKNOWN = {"ignore_unknown_options": True, "allow_extra_args": True}

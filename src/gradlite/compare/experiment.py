@@ -165,10 +165,9 @@ def load_experiment(source: str | Path, overrides: Mapping[str, Any] | None = No
         raise GradLiteError(f"{path.name}: rates must be a mapping from methods to lists of learning rates.")
     settings["rates"] = {**default["rates"], **rates}
     if "learning_rates" in (overrides or {}) and isinstance(settings.get("methods"), list):
-        own_rates = {"learning_rates"}  # a row's own too give way to the flag
+        # A row's own rates, too, give way to the flag.
         settings["methods"] = [
-            {key: value for key, value in entry.items() if key not in own_rates} if isinstance(entry, dict) else entry
-            for entry in settings["methods"]
+            {**entry, "learning_rates": None} if isinstance(entry, dict) else entry for entry in settings["methods"]
         ]
     try:
         return Experiment.model_validate(settings)

@@ -18,25 +18,16 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#
 _DASHES = ("-", "--", ":")
 _GB = 1e9
 _WINDOW = 10
+_CATEGORIES = tuple(category for category in ByCategory.model_fields if category != "weights")
 
 
 def draw_memory(records: Sequence[Record], path: Path) -> bool:
     """Bars of what lives at the peak of a step beside the weights, stacked by category; False where nothing was measured.
 
-    A row's bar is the run whose peak is the median, of its runs with equal batches. The last part is what the categories leave:
-    weights that a method adds (adapters), and on CUDA what the allocator rounds up.
+    The last part is what the categories leave: weights that a method adds (adapters), and on CUDA what the allocator rounds up.
     """
-    categories = [category for category in ByCategory.model_fields if category != "weights"]
-    shown = [*categories, "added weights and the rest"]
-    bars = {}
-    for name, runs in by_name(records).items():
-        alike = with_equal_batches(at_best_rate(runs))
-        found = [run.memory for run in alike if run.memory and run.memory.by_category_bytes]
-        if found:
-            whole = median_low(memory.peak_above_weights_bytes for memory in found)
-            one = next(memory.by_category_bytes for memory in found if memory.peak_above_weights_bytes == whole)
-            parts = [getattr(one, category) for category in categories]
-            bars[name] = [part / _GB for part in (*parts, max(0, whole - sum(parts)))]
+    shown = [*_CATEGORIES, "added weights and the rest"]
+    bars = memory_bars(records)
     if not bars:
         return False
     figure, axes = _figure(8, 1.6 + 0.42 * len(bars))
@@ -54,6 +45,23 @@ def draw_memory(records: Sequence[Record], path: Path) -> bool:
     figure.legend(loc="outside upper center", ncols=len(shown), frameon=False, fontsize=8)
     _save(figure, path)
     return True
+
+
+def memory_bars(records: Sequence[Record]) -> dict[str, list[float]]:
+    """GB of each category but the weights, and of what they leave of the peak above the weights, by the name of the row.
+
+    Of the run whose peak is the median (the lower one of two) of a row's runs with equal batches.
+    """
+    bars = {}
+    for name, runs in by_name(records).items():
+        alike = with_equal_batches(at_best_rate(runs))
+        found = [run.memory for run in alike if run.memory and run.memory.by_category_bytes]
+        if found:
+            whole = median_low(memory.peak_above_weights_bytes for memory in found)
+            one = next(memory.by_category_bytes for memory in found if memory.peak_above_weights_bytes == whole)
+            parts = [getattr(one, category) for category in _CATEGORIES]
+            bars[name] = [part / _GB for part in (*parts, max(0, whole - sum(parts)))]
+    return bars
 
 
 def draw_losses(records: Sequence[Record], path: Path) -> bool:

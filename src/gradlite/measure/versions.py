@@ -2,6 +2,7 @@
 
 import contextlib
 import platform
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import gradlite
@@ -12,10 +13,10 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of every package that a method may use, where installed."""
+def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
+    """Of Python, of GradLite, and of ``packages`` (by default every one that a method may use), where installed."""
     found = {"python": platform.python_version(), "gradlite-llm": gradlite.__version__}  # the source may not be installed
-    for package in _PACKAGES:
+    for package in packages:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found

@@ -10,26 +10,29 @@ import difflib
 import json
 import re
 import types
-import typing
 from collections.abc import Mapping
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator, model_validator
 
 from gradlite.errors import GradLiteError
 from gradlite.methods import SEEDED, names
-from gradlite.train.yaml_file import UniqueKeyLoader, read_mapping
-
-MODEL_AND_DATA = "Model and data"
-GRADLITE = "GradLite"
-TRAINING = "Training"
-EVALUATION = "Evaluation and saving"
-OUTPUT = "Output"
-GROUPS = (MODEL_AND_DATA, GRADLITE, TRAINING, EVALUATION, OUTPUT)
+from gradlite.train.fields import (
+    EVALUATION,
+    GRADLITE,
+    MODEL_AND_DATA,
+    OUTPUT,
+    TRAINING,
+    accepted_kinds,
+    accepts_of,
+    flag_of,
+    group_of,
+    setting,
+)
+from gradlite.train.values import fraction_text, int_or_float, mapping, short_name, shown
+from gradlite.train.yaml_file import read_mapping
 
 HoldMode = Literal["exact", "int8", "int4", "projected", "host", "recompute", "recompute-int8", "recompute-mapped"]
 
@@ -37,11 +40,6 @@ LORA_METHODS = ("lora", "dora", "mesp", "mebp")
 
 DEFAULT_MODEL = "smollm2"
 DEFAULT_DATASET = "python-help"
-
-
-def _setting(default: Any, group: str, accepts: str, description: str, **limits: Any) -> Any:
-    """One key: its default, the group it is shown in, what it accepts ("it must be …"), its help, pydantic's limits."""
-    return Field(default, description=description, json_schema_extra={"group": group, "accepts": accepts}, **limits)
 
 
 # What other trainers call these keys; used only to suggest ours.
@@ -74,161 +72,161 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
-    model: str = _setting(
+    model: str = setting(
         DEFAULT_MODEL,
         MODEL_AND_DATA,
         "a path or a hub id",
         "Model: 'smollm2' (embedded), a path, or a hub id.",
         min_length=1,
     )
-    dataset: str = _setting(
+    dataset: str = setting(
         DEFAULT_DATASET,
         MODEL_AND_DATA,
         "a path or a hub id",
         "Data: 'python-help' (embedded), a path (jsonl, json, csv, parquet, directory), or a hub id.",
         min_length=1,
     )
-    dataset_config: str | None = _setting(
+    dataset_config: str | None = setting(
         None,
         MODEL_AND_DATA,
         "a configuration's name, or none",
         "Configuration of --dataset on the hub, such as 'main'; none: its only or default one.",
         min_length=1,
     )
-    eval_dataset: str | None = _setting(
+    eval_dataset: str | None = setting(
         None,
         MODEL_AND_DATA,
         "a path, a hub id, or none",
         "Held-out data; none: the data set's own held-out split, or else rows split off.",
         min_length=1,
     )
-    train_on: Literal["answer", "all"] = _setting(
+    train_on: Literal["answer", "all"] = setting(
         "answer", MODEL_AND_DATA, "'answer' or 'all'", "Tokens that the loss covers: the answer's, or all."
     )
-    seq_len: int = _setting(
+    seq_len: int = setting(
         512, MODEL_AND_DATA, "a whole number, 2 or more", "Longest sequence, in tokens; what is longer is cut.", ge=2
     )
-    packing: bool = _setting(False, MODEL_AND_DATA, "true or false", "Put several short examples into one sequence.")
+    packing: bool = setting(False, MODEL_AND_DATA, "true or false", "Put several short examples into one sequence.")
 
-    rank: int | float = _setting(
+    rank: int | float = setting(
         1 / 16,
         GRADLITE,
         "a whole number of at least 1, or a fraction of the layer's input width above 0 and up to 1 such as 1/16",
         "Rank of the gradient: a number (64), or a fraction of each layer's input width (1/16).",
     )
-    feedback: Literal["feedback", "same_step", "off"] = _setting(
+    feedback: Literal["feedback", "same_step", "off"] = setting(
         "off",
         GRADLITE,
         "'feedback', 'same_step' or 'off'",
         "What happens to the gradient outside the basis: remembered, applied at once, or dropped.",
     )
-    feedback_memory: Literal["factored", "int4", "fp32"] = _setting(
+    feedback_memory: Literal["factored", "int4", "fp32"] = setting(
         "factored", GRADLITE, "'factored', 'int4' or 'fp32'", "How the error memory is held."
     )
-    basis: Literal["gradient", "activation", "random"] = _setting(
+    basis: Literal["gradient", "activation", "random"] = setting(
         "gradient", GRADLITE, "'gradient', 'activation' or 'random'", "What the basis follows."
     )
-    refresh_interval: int = _setting(
+    refresh_interval: int = setting(
         5, GRADLITE, "a whole number, 1 or more", "Steps between two refreshes of one layer's basis.", ge=1
     )
-    moments: Literal["int8", "fp32"] = _setting("int8", GRADLITE, "'int8' or 'fp32'", "How AdamW's moments are held.")
-    betas: tuple[float, float] = _setting(
+    moments: Literal["int8", "fp32"] = setting("int8", GRADLITE, "'int8' or 'fp32'", "How AdamW's moments are held.")
+    betas: tuple[float, float] = setting(
         (0.9, 0.999), GRADLITE, "two numbers from 0 to below 1, such as 0.9,0.999", "AdamW's two decay rates."
     )
-    eps: float = _setting(1e-8, GRADLITE, "a number above 0", "AdamW's epsilon.", gt=0)
-    hold: HoldMode | dict[str, HoldMode] = _setting(
+    eps: float = setting(1e-8, GRADLITE, "a number above 0", "AdamW's epsilon.", gt=0)
+    hold: HoldMode | dict[str, HoldMode] = setting(
         "exact",
         GRADLITE,
         "'exact', 'int8', 'int4', 'projected', 'host', 'recompute', 'recompute-int8', 'recompute-mapped', or a mapping of "
         "module patterns to these",
         "How tensors wait for backward: kept, as codes, in host memory, or computed again; {pattern: mode} by module.",
     )
-    include: list[str] = _setting(
+    include: list[str] = setting(
         [], GRADLITE, "a pattern or a list of patterns", "Project only layers whose name fits this pattern (repeatable)."
     )
-    exclude: list[str] = _setting(
+    exclude: list[str] = setting(
         [], GRADLITE, "a pattern or a list of patterns", "Do not project layers whose name fits this pattern (repeatable)."
     )
-    stochastic_rounding: bool = _setting(
+    stochastic_rounding: bool = setting(
         True, GRADLITE, "true or false", "Round bf16 weights stochastically, so that small updates are not lost."
     )
 
-    method: str = _setting(
+    method: str = setting(
         "gradlite",
         TRAINING,
         f"one of {', '.join(names())}",
         f"Way to train, one of {len(names())}: adamw8bit, lomo, galore, lora …; any other word lists them.",
     )
-    method_options: dict[str, Any] | None = _setting(
+    method_options: dict[str, Any] | None = setting(
         None,
         TRAINING,
         "a mapping of the method's options such as {rank: 8}, or none",
         "Options of --method, as a mapping: {rank: 8}. GradLite's are flags of their own.",
     )
-    lora_rank: int | None = _setting(
+    lora_rank: int | None = setting(
         None,
         TRAINING,
         "a whole number of at least 1, or none",
         f"Rank of the adapters of --method {', '.join(LORA_METHODS)}; none: 8.",
         ge=1,
     )
-    lr: float = _setting(1e-4, TRAINING, "a number above 0", "Peak learning rate, on AdamW's usual scale.", gt=0)
-    batch_size: int = _setting(4, TRAINING, "a whole number, 1 or more", "Sequences in one micro-batch.", ge=1)
-    accumulation: int = _setting(1, TRAINING, "a whole number, 1 or more", "Micro-batches in one step.", ge=1)
-    epochs: float = _setting(1.0, TRAINING, "a number above 0", "Passes over the data, unless --max-steps is given.", gt=0)
-    max_steps: int | None = _setting(
+    lr: float = setting(1e-4, TRAINING, "a number above 0", "Peak learning rate, on AdamW's usual scale.", gt=0)
+    batch_size: int = setting(4, TRAINING, "a whole number, 1 or more", "Sequences in one micro-batch.", ge=1)
+    accumulation: int = setting(1, TRAINING, "a whole number, 1 or more", "Micro-batches in one step.", ge=1)
+    epochs: float = setting(1.0, TRAINING, "a number above 0", "Passes over the data, unless --max-steps is given.", gt=0)
+    max_steps: int | None = setting(
         None, TRAINING, "a whole number of at least 1, or none", "Stop after this many optimizer steps.", ge=1
     )
-    schedule: Literal["cosine", "linear", "constant"] = _setting(
+    schedule: Literal["cosine", "linear", "constant"] = setting(
         "cosine", TRAINING, "'cosine', 'linear' or 'constant'", "How the learning rate goes down after the warm-up."
     )
-    warmup: int | float = _setting(
+    warmup: int | float = setting(
         0.1,
         TRAINING,
         "a fraction of the run from 0 to below 1, or a whole number of steps",
         "Warm-up: a fraction of the run (below 1), or a number of steps.",
     )
-    weight_decay: float = _setting(0.0, TRAINING, "a number, 0 or more", "Decoupled weight decay.", ge=0)
-    max_grad_norm: float | None = _setting(
+    weight_decay: float = setting(0.0, TRAINING, "a number, 0 or more", "Decoupled weight decay.", ge=0)
+    max_grad_norm: float | None = setting(
         None,
         TRAINING,
         "a number, 0 or more, or none",
         "Clip the gradient to this norm; 0: no clipping; none: 1 where the method can clip.",
         ge=0,
     )
-    dtype: Literal["bfloat16", "float32"] = _setting(
+    dtype: Literal["bfloat16", "float32"] = setting(
         "bfloat16", TRAINING, "'bfloat16' or 'float32'", "Number format of the weights and of the computation."
     )
-    seed: int = _setting(0, TRAINING, "a whole number from 0 to 4294967295", "Seed of everything random.", ge=0, le=2**32 - 1)
+    seed: int = setting(0, TRAINING, "a whole number from 0 to 4294967295", "Seed of everything random.", ge=0, le=2**32 - 1)
 
-    eval_examples: int = _setting(
+    eval_examples: int = setting(
         64, EVALUATION, "a whole number, 1 or more", "Held-out examples that the evaluation uses.", ge=1
     )
-    eval_every: int | None = _setting(
+    eval_every: int | None = setting(
         None,
         EVALUATION,
         "a whole number of at least 1, or none",
         "Evaluate every so many steps; none: before and after the run only.",
         ge=1,
     )
-    save_every: int | None = _setting(
+    save_every: int | None = setting(
         None,
         EVALUATION,
         "a whole number of at least 1, or none",
         "Write a checkpoint every so many steps; none: only the finished model is written.",
         ge=1,
     )
-    resume: bool = _setting(False, EVALUATION, "true or false", "Go on from the run's last checkpoint.")
+    resume: bool = setting(False, EVALUATION, "true or false", "Go on from the run's last checkpoint.")
 
-    output_dir: Path = _setting(Path("runs"), OUTPUT, "a directory's path", "Directory that holds the runs.")
-    name: str | None = _setting(
+    output_dir: Path = setting(Path("runs"), OUTPUT, "a directory's path", "Directory that holds the runs.")
+    name: str | None = setting(
         None,
         OUTPUT,
         "the name of one directory (no slash), or none",
         "The run's directory in --output-dir; none: made from model, dataset and seed.",
     )
-    overwrite: bool = _setting(False, OUTPUT, "true or false", "Replace a finished run of the same name.")
-    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = _setting(
+    overwrite: bool = setting(False, OUTPUT, "true or false", "Replace a finished run of the same name.")
+    report_to: list[Literal["tensorboard", "trackio", "wandb"]] = setting(
         [],
         OUTPUT,
         "a list of 'tensorboard', 'trackio' or 'wandb'",
@@ -252,11 +250,11 @@ class TrainConfig(BaseModel):
             if key in ("include", "exclude"):
                 return [text]
             if key in ("hold", "method_options") and text.startswith("{"):
-                return _mapping(text)
+                return mapping(text)
             if key == "betas":
                 return [part.strip() for part in text.split(",")]
             if kinds == {int, float}:
-                return _int_or_float(text)
+                return int_or_float(text)
         return value
 
     @field_validator("method")
@@ -340,7 +338,7 @@ class TrainConfig(BaseModel):
     @property
     def run_name(self) -> str:
         """`name`, or else one made from model, dataset and seed: equal settings give an equal name."""
-        return self.name or f"{_short_name(self.model)}-{_short_name(self.dataset)}-seed{self.seed}"
+        return self.name or f"{short_name(self.model)}-{short_name(self.dataset)}-seed{self.seed}"
 
     @property
     def run_dir(self) -> Path:
@@ -369,7 +367,7 @@ class TrainConfig(BaseModel):
         """All keys in the order of the fields, as plain text, numbers and lists that read back equal."""
         settings = self.model_dump(mode="json")
         if isinstance(self.rank, float):
-            settings["rank"] = _fraction_text(self.rank)
+            settings["rank"] = fraction_text(self.rank)
         return settings
 
     def to_yaml(self) -> str:
@@ -400,70 +398,4 @@ class TrainConfig(BaseModel):
             raise GradLiteError(str(problem["ctx"]["error"]))
         key = str(problem["loc"][0])
         label, given = (flag_of(key), from_flags[key]) if key in from_flags else (f"{key} in {config_file}", from_file[key])
-        raise GradLiteError(f"{label} is {_shown(given)}, but it must be {accepts_of(cls.model_fields[key])}.")
-
-
-def _mapping(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ValueError("not a YAML mapping") from error
-
-
-def accepted_kinds(field: FieldInfo) -> set[Any]:
-    """The types that a key's annotation allows: {int}, {int, float}, {str, NoneType}, {list}, {Literal}, …"""
-    annotation = field.annotation
-    members = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return {typing.get_origin(member) or member for member in members}
-
-
-def flag_of(key: str) -> str:
-    """The command-line flag of a key: `batch_size` → `--batch-size`."""
-    return "--" + key.replace("_", "-")
-
-
-def group_of(field: FieldInfo) -> str:
-    """The group (one of GROUPS) that a key is shown in."""
-    return _extra(field, "group")
-
-
-def accepts_of(field: FieldInfo) -> str:
-    """What a key accepts, in words that complete "must be …"."""
-    return _extra(field, "accepts")
-
-
-def _extra(field: FieldInfo, name: str) -> str:
-    assert isinstance(field.json_schema_extra, dict)
-    return str(field.json_schema_extra[name])
-
-
-def _int_or_float(text: str) -> int | float:
-    """A number as people write it: 64, 0.0625, 1/16. A fraction is a float. Raises ValueError for other text."""
-    if "/" in text:
-        try:
-            return float(Fraction(text.replace(" ", "")))
-        except (ZeroDivisionError, OverflowError) as error:
-            raise ValueError("no number") from error
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
-
-
-def _fraction_text(value: float) -> str | float:
-    """1/16 for 0.0625: a unit fraction where it is exact and readable, else the number itself."""
-    denominators = range(2, 1025)
-    return next((f"1/{denominator}" for denominator in denominators if 1 / denominator == value), value)
-
-
-def _short_name(source: str) -> str:
-    """A model's or data set's path or hub id in a directory's name: the last part, without a data file's suffix."""
-    last = source.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
-    stem = re.sub(r"\.(jsonl|json|csv|parquet)$", "", last, flags=re.IGNORECASE)
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.").lower() or "run"
-
-
-def _shown(value: object) -> str:
-    """A given value as the user would recognise it, cut if it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+        raise GradLiteError(f"{label} is {shown(given)}, but it must be {accepts_of(cls.model_fields[key])}.")

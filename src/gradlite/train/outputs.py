@@ -1,20 +1,17 @@
 """What a finished run leaves: the model in Hugging Face format, its tokenizer, a model card and a picture."""
 
-import importlib.metadata
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-import transformers
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradlite.evaluate.answers import Answer
 from gradlite.measure.machine import machine
+from gradlite.measure.versions import versions
 from gradlite.train.card import Result, model_card
 from gradlite.train.config import TrainConfig
 from gradlite.train.directory import RunDirectory
@@ -31,23 +28,14 @@ def save_outputs(
     result: Result,
 ) -> None:
     """Write everything into the run's directory; run.json, which says that the run is finished, last."""
+    made_with = versions(("torch", "transformers"))
     with staged(directory.path) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        write_text(folder / "README.md", model_card(config, result, versions()))
+        write_text(folder / "README.md", model_card(config, result, made_with))
         draw_loss(directory.read_metrics(), folder / "loss.png")
-    origin = {"versions": versions(), "machine": machine(), "date": time.strftime("%Y-%m-%d")}
+    origin = {"versions": made_with, "machine": machine(), "date": time.strftime("%Y-%m-%d")}
     directory.write_record({"status": "finished", **asdict(result), **origin})
-
-
-def versions() -> dict[str, str]:
-    """What the run was made with."""
-    return {
-        "gradlite": importlib.metadata.version("gradlite-llm"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def show_answers(console: Console, before: Sequence[dict[str, str]], after: Sequence[Answer]) -> None:
