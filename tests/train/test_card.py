@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gradlite.train.card import _base_model
+from gradlite.train.card import _base_model, _datasets
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,13 @@ def test_the_base_model_is_a_hub_id_or_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert _base_model(name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("python-help", {}), ("openai/gsm8k", {"datasets": ["openai/gsm8k"]}), (".", {})]
+)
+def test_the_data_set_is_a_hub_id_or_nothing(
+    name: str, expected: dict[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _datasets(name) == expected

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from gradlite.train.config import DEFAULT_MODEL, TrainConfig
+from gradlite.train.config import DEFAULT_DATASET, DEFAULT_MODEL, TrainConfig
 from gradlite.train.words import in_bytes, in_count, in_time
 
 
@@ -40,9 +40,8 @@ class Result:
 def model_card(config: TrainConfig, result: Result, versions: Mapping[str, str]) -> str:
     """README.md in the form that the Hugging Face hub reads."""
     library = "transformers" if result.full_parameter or result.method == "badam" else "peft"
-    header = yaml.safe_dump(
-        {**_base_model(config.model), "library_name": library, "pipeline_tag": "text-generation", "tags": ["gradlite"]}
-    )
+    links = {**_base_model(config.model), **_datasets(config.dataset)}
+    header = yaml.safe_dump({**links, "library_name": library, "pipeline_tag": "text-generation", "tags": ["gradlite"]})
     questions = "\n".join(
         _question(before, after) for before, after in zip(result.answers_before, result.answers_after, strict=True)
     )
@@ -87,6 +86,11 @@ def _base_model(name: str) -> dict[str, str]:
     if name == DEFAULT_MODEL:
         return {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}
     return {} if Path(name).exists() else {"base_model": name}
+
+
+def _datasets(name: str) -> dict[str, list[str]]:
+    """The data set as the hub links it; what is embedded here, or lies on this machine, is no hub id."""
+    return {} if name == DEFAULT_DATASET or Path(name).exists() else {"datasets": [name]}
 
 
 def _how(config: TrainConfig, result: Result) -> str:
