@@ -69,3 +69,18 @@ def test_a_record_of_other_work_is_noticed(make_spec: MakeSpec) -> None:
     assert make_spec(held_out_from_last=11).differs_from(record) == "held_out_from_last"
     assert make_spec(full_rows=True).differs_from(record) == "full_rows"
     assert make_spec(options={"betas": [0.9, 0.99]}).differs_from(record) == "options"
+
+
+def test_data_of_the_same_name_and_other_content_is_other_work(make_spec: MakeSpec, tmp_path: Path) -> None:
+    files = [tmp_path / folder / "rows.jsonl" for folder in ("one", "two", "copy")]
+    for file, text in zip(files, ("a\n", "b\n", "a\n"), strict=True):
+        file.parent.mkdir()
+        file.write_text(text)
+    one, two, copy = (make_spec(dataset=str(file)) for file in files)
+    record = one.record("ok")
+    assert record.dataset == "rows.jsonl"
+    assert two.differs_from(record) == "dataset_fingerprint"
+    assert copy.differs_from(record) is None
+    assert two.differs_from(record.model_copy(update={"dataset_fingerprint": None})) is None  # an older record
+    moved = make_spec(dataset="owner/rows").record("ok")
+    assert moved.dataset_fingerprint is None

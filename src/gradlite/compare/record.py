@@ -93,8 +93,10 @@ class Energy(_Part):
 class Record(_Part):
     """One run of one method. ``reason``: why ``status`` is not "ok"; of a good run, what a reader must know about it.
 
-    ``label``: what the experiment calls this method with these options; rows of tables are named so. ``max_grad_norm``: what
-    was asked for; ``options`` has what was done. ``taken_from``: the run of another experiment that did this very work.
+    ``label``: what the experiment calls this method with these options; rows of tables are named so. ``model_fingerprint``,
+    ``dataset_fingerprint``: of what lay at a path, whose last part alone is the name (null for hub ids, for what is embedded,
+    and in older records). ``max_grad_norm``: what was asked for; ``options`` has what was done. ``taken_from``: the run of
+    another experiment that did this very work.
     """
 
     record_version: Literal[1] = 1
@@ -104,7 +106,9 @@ class Record(_Part):
     label: str | None = None
     options: dict[str, Any] = {}
     model: str
+    model_fingerprint: str | None = None
     dataset: str
+    dataset_fingerprint: str | None = None
     dtype: str
     lr: float
     seed: int

@@ -68,8 +68,10 @@ class Runner:
         record = read_record(path)
         key = spec.differs_from(record)
         if key is not None:
+            name = key.removesuffix("_fingerprint")
+            what = f"its {name}" if name == key else f"the content of its {name}"
             raise GradLiteError(
-                f"{path} is the record of other work (its {key} differs); choose another --output-dir, or delete it."
+                f"{path} is the record of other work ({what} differs); choose another --output-dir, or delete it."
             )
         if record.taken_from is not None:
             return self._found_elsewhere(spec)

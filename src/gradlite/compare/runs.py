@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from gradlite.compare.experiment import Experiment, MethodEntry
+from gradlite.compare.fingerprint import fingerprint
 from gradlite.compare.record import Record, Status
 
 STEP = "step "
@@ -18,6 +19,9 @@ BAD_INPUT = 2
 
 _NAMES = frozenset({"experiment", "run", "label"})
 """What a run is called, as against what it does."""
+
+_FINGERPRINTS = ("model_fingerprint", "dataset_fingerprint")
+"""Keys of a record that its run's specification has no key of the same name for."""
 
 
 class RunSpec(BaseModel):
@@ -50,6 +54,7 @@ class RunSpec(BaseModel):
         own = self.model_dump(exclude={"options"})
         own["options"] = {**self.options, "max_grad_norm": self.max_grad_norm}
         own |= {"model": public_name(self.model), "dataset": public_name(self.dataset)}
+        own |= {"model_fingerprint": fingerprint(self.model), "dataset_fingerprint": fingerprint(self.dataset)}
         if reason is not None:
             reason = reason.replace(self.model, own["model"]).replace(self.dataset, own["dataset"])
         return Record.model_validate({**own, "status": status, "reason": reason, **measured})
@@ -65,12 +70,13 @@ class RunSpec(BaseModel):
         return record.model_copy(update={"taken_from": record.run, **{name: getattr(self, name) for name in _NAMES}})
 
     def differences(self, record: Record) -> list[str]:
-        """The keys in which a record is of other work. One that the record lacks (older ones lack four) says nothing."""
+        """The keys in which a record is of other work. One that the record lacks (older ones lack six) says nothing."""
         mine = self.record("ok")
-        same = {key: {None, getattr(mine, key)} for key in RunSpec.model_fields if key != "options"}
-        keys = [key for key, values in same.items() if getattr(record, key) not in values]
+        keys = [key for key in (*RunSpec.model_fields, *_FINGERPRINTS) if key != "options"]
+        same = {key: {None, getattr(mine, key)} for key in keys}
+        different = [key for key, values in same.items() if getattr(record, key) not in values]
         own_options = {key: value for key, value in record.options.items() if key != "max_grad_norm"}
-        return keys if own_options == self.options else [*keys, "options"]
+        return different if own_options == self.options else [*different, "options"]
 
 
 def public_name(source: str) -> str:
