@@ -33,6 +33,9 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": _NO_DROPOUT,
     "gpt_neox": {},
     "starcoder2": _GROUPED,
+    "mixtral": {**_GROUPED, "num_local_experts": 4},
+    "qwen3_moe": {**_GROUPED, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
 }
 
 Build = Callable[..., nn.Module]
@@ -62,11 +65,13 @@ def build() -> Build:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         torch.manual_seed(0)
-        config = AutoConfig.for_model(name, **{**_COMMON, **_FAMILIES[name], **changes})
+        config = AutoConfig.for_model(name, **{**_COMMON, **_FAMILIES.get(name, _GROUPED), **changes})
         model: nn.Module = AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():  # norms that are no ones, biases that are no zeros
             if parameter.dim() == 1:
                 parameter.data += 0.1 * torch.randn_like(parameter)
+        if dtype == torch.float64:  # which the grouped products of experts do not know
+            model.config._experts_implementation = "eager"  # type: ignore[union-attr]
         return model.to(dtype).train()
 
     return make
@@ -89,11 +94,11 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     plain = {entry.name for entry in found.coverage.entries if entry.kind == "plain"}
     gradients = {name: p.grad for name, p in model.named_parameters() if name in plain and p.grad is not None}
-    for (name, _), collector in zip(found.projected, found.window.collectors, strict=True):
+    for (name, weight), collector in zip(found.projected, found.window.collectors, strict=True):
         grad, matrix = collector.coordinates.grad, collector.basis.matrix_NR
         if grad is not None:
             assert matrix is not None
-            gradients[name] = grad @ matrix.T
+            gradients[name] = (grad @ matrix.T).view(weight.shape)
     return gradients
 
 

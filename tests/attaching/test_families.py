@@ -36,6 +36,9 @@ WANTED: dict[str, tuple[int, Any, str, Any, bool]] = {
     "gpt2": (5, LAYER, "activation", "gelu_tanh", True),
     "gpt_neox": (5, LAYER, "activation", "gelu", True),
     "starcoder2": (5, LAYER, "activation", "gelu_tanh", True),
+    "mixtral": (5, NormKind(1e-5), "experts", "silu", True),
+    "qwen3_moe": (9, RMS, "experts", "silu", True),
+    "olmoe": (9, NormKind(1e-5), "experts", "silu", True),
 }
 
 

@@ -14,6 +14,7 @@ from gradlite.hold.holder import Holder
 from gradlite.hold.noise import Noise
 from gradlite.hold.shelf import Shelf
 from gradlite.ops.embedding import subspace_embedding
+from gradlite.ops.experts import ExpertFactors
 from gradlite.ops.factors import DenseFactors, GradientFactors, LookupFactors
 from gradlite.ops.linear import Absorb, subspace_linear
 from gradlite.subspace.basis import random_basis
@@ -158,12 +159,18 @@ def test_autocast_leaves_float64_alone_as_pytorch_does() -> None:
         torch.testing.assert_close(output, F.linear(x, weight), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["dense", "look-up"])
+@pytest.mark.parametrize("kind", ["dense", "look-up", "experts"])
 def test_factors_agree_with_the_matrix_they_stand_for(kind: str) -> None:
     right = torch.randn(9, WIDTH, dtype=torch.float64)
     ids = torch.randint(0, ROWS, (9,))
     left = torch.randn(9, ROWS, dtype=torch.float64) if kind == "dense" else F.one_hot(ids, ROWS).double()
     factors: GradientFactors = DenseFactors(left, right) if kind == "dense" else LookupFactors(ids, right, ROWS)
+    if kind == "experts":  # five of four rows each; the first and the fourth have no pairs
+        rows_PM = torch.randn(9, 4, dtype=torch.float64)
+        factors, left = ExpertFactors(rows_PM, right, (0, 3, 4, 0, 2)), torch.zeros(9, 5, 4, dtype=torch.float64)
+        for pair, expert in enumerate((1, 1, 1, 2, 2, 2, 2, 4, 4)):
+            left[pair, expert] = rows_PM[pair]
+        left = left.flatten(1)
     z, probe, rows = (
         torch.randn(9, 4, dtype=torch.float64),
         torch.randn(ROWS, 4, dtype=torch.float64),

@@ -1,7 +1,7 @@
 """Walks a model, turns what it can into twins, and undoes it."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,15 +9,18 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradlite.attaching.blocks import named_blocks
-from gradlite.attaching.coverage import Coverage, Entry, Kind
+from gradlite.attaching.coverage import Coverage, Entry
+from gradlite.attaching.experts import Decision, keep_pairs, stacked_experts
 from gradlite.attaching.held import held_coverage
 from gradlite.attaching.holding import Hold, HoldPlan
 from gradlite.attaching.names import RESIDUAL_NORM
 from gradlite.attaching.operators import Operators, give_back, recognise, take_over
 from gradlite.attaching.patterns import matches, names_by_parameter
 from gradlite.attaching.rank import layer_rank, warn_if_clipped
-from gradlite.attaching.twins import become_itself, become_twin, can_become_twin, refuse_twins
+from gradlite.attaching.recognise import EXPERT_WEIGHTS
+from gradlite.attaching.twins import become_expert_twin, become_itself, become_twin, can_become_twin, refuse_twins
 from gradlite.errors import GradLiteError
+from gradlite.ops.activation import ActivationKind
 from gradlite.ops.factors import LookupFactors
 from gradlite.subspace.collector import BasisKind, Collector, Coordinates, Window
 from gradlite.subspace.feedback import memory_rank
@@ -106,22 +109,28 @@ def attach(
     names = names_by_parameter(model)
     owners = _owners(model)
     _check_patterns([*(include or ()), *(exclude or ())], list(names.values()))
+    experts = stacked_experts(model)
+    decisions = {
+        id(parameter): _decide(names[id(parameter)], parameter, owners.get(id(parameter), []), experts, include, exclude)
+        for parameter in model.parameters()
+    }
+    keep_pairs(model, experts, decisions)
     chosen: list[tuple[str, nn.Parameter]] = []
     entries: list[Entry] = []
     for name, parameter in model.named_parameters():
-        kind, reason = _decide(names[id(parameter)], parameter, owners.get(id(parameter), []), include, exclude)
-        layer = layer_rank(rank, parameter.shape[1]) if kind == "projected" else None
+        kind, reason = decisions[id(parameter)]
+        layer = layer_rank(rank, parameter.shape[-1]) if kind == "projected" else None
         if kind == "projected":
             chosen.append((name, parameter))
         entries.append(Entry(name, kind, reason, layer, parameter.numel(), parameter.nbytes))
     layer_rank(rank, 1)  # a bad rank is named even where nothing can be projected
     if not chosen:
         raise GradLiteError(_why_nothing(model, entries))
-    warn_if_clipped(rank, [parameter.shape[1] for _, parameter in chosen])
+    warn_if_clipped(rank, [parameter.shape[-1] for _, parameter in chosen])
     plan = HoldPlan(hold)
     _check_hold(plan, sample_residual, chosen[0][1].device)
     operators = Operators(plan, seed)
-    recognise(model, operators)
+    recognise(model, operators, experts)
     module_names = {id(module): name for name, module in model.named_modules()}
     projected = [module_names[id(module)] for _, parameter in chosen for module in owners[id(parameter)]]
     operators.plan.check_used(projected, [name for name, _ in named_blocks(model)])
@@ -131,6 +140,9 @@ def attach(
     attachment = Attachment(window, coverage, operators)
     for name, parameter in chosen:
         _project(attachment, name, parameter, owners[id(parameter)], module_names, rank)
+    for module in model.modules():
+        if id(module) in experts:
+            _turn_experts(attachment, module, experts[id(module)], module_names[id(module)])
     attachment.modules[0].register_parameter(RESIDUAL_NORM, attachment.window.residual_norm)
     attachment.hooks.append(model.register_forward_pre_hook(_refuse_if_changed))
     attachment.hooks.append(model.register_forward_hook(_clear_shelf, always_call=True))
@@ -193,24 +205,27 @@ def _decide(
     names: Sequence[str],
     parameter: nn.Parameter,
     owners: list[nn.Module],
+    experts: Mapping[int, ActivationKind],
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
-) -> tuple[Kind, str]:
+) -> Decision:
     if not parameter.requires_grad:
         return "frozen", "requires_grad is off"
-    if parameter.dim() > 2:
+    is_stacked = [id(owner) for owner in owners if id(owner) in experts] == [id(owner) for owner in owners]
+    if parameter.dim() > 2 and not is_stacked:
         return "plain", f"{parameter.dim()}-dimensional tensor of {type(owners[0]).__name__}, such as stacked experts"
     if not parameter.is_floating_point() or parameter.dim() < 2:
         return "plain", "norms, biases and other tensors that are no matrix"
-    if not all(can_become_twin(owner) and owner._parameters.get("weight") is parameter for owner in owners):
+    is_layers = all(can_become_twin(owner) and owner._parameters.get("weight") is parameter for owner in owners)
+    if not (is_stacked or is_layers):
         return "plain", f"matrix of {type(owners[0]).__name__}, which is neither a linear layer nor a plain look-up"
-    if min(parameter.shape) < MIN_WIDTH:
+    if min(parameter.shape[:-1].numel(), parameter.shape[-1]) < MIN_WIDTH:
         return "plain", f"matrix with a side below {MIN_WIDTH}"
     if include is not None and not matches(names, include):
         return "plain", "not included"
     if exclude is not None and matches(names, exclude):
         return "plain", "excluded"
-    return "projected", "linear layers and embeddings"
+    return "projected", "stacked experts" if is_stacked else "linear layers and embeddings"
 
 
 def _check_patterns(patterns: Sequence[str], names: Sequence[Sequence[str]]) -> None:
@@ -249,15 +264,24 @@ def _project(
     names: dict[int, str],
     rank: int | float,
 ) -> None:
-    rows, width = weight.shape
+    rows, width = weight.shape[:-1].numel(), weight.shape[-1]
     layer = layer_rank(rank, width)
     collector = Collector(attachment.window, rows, width, layer, memory_rank(layer), weight)
-    for module in owners:
+    for module in owners if weight.dim() == 2 else ():
         mode = attachment.operators.plan.mode_of(names[id(module)])
         become_twin(module, collector, attachment.operators.holder(mode))
         attachment.modules.append(module)
     attachment.projected.append((name, weight))
     attachment.absorb_uses_past_the_layer(name, weight, collector)
+
+
+def _turn_experts(attachment: Attachment, module: nn.Module, kind: ActivationKind, name: str) -> None:
+    """Once both weights have their collectors."""
+    collectors = dict(zip((id(weight) for _, weight in attachment.projected), attachment.window.collectors, strict=True))
+    reads_x, reads_h = (collectors[id(module._parameters[weight])] for weight in EXPERT_WEIGHTS)
+    holder = attachment.operators.holder(attachment.operators.plan.mode_of(name))
+    become_expert_twin(module, (reads_x, reads_h), kind, holder)
+    attachment.modules.append(module)
 
 
 class _DenseAbsorber:
@@ -278,8 +302,8 @@ class _DenseAbsorber:
                 stacklevel=1,
             )
             self.warned = True
-        rows = torch.arange(weight.shape[0], device=weight.device)
+        rows = torch.arange(self.collector.rows, device=weight.device)
         coordinates: Coordinates = self.collector.coordinates
-        gradient_MR = self.collector(LookupFactors(rows, weight.grad, weight.shape[0]))
+        gradient_MR = self.collector(LookupFactors(rows, weight.grad.flatten(0, -2), self.collector.rows))
         weight.grad = None
         coordinates.grad = gradient_MR if coordinates.grad is None else coordinates.grad + gradient_MR

@@ -13,7 +13,8 @@ from gradlite.ops.frozen_head import frozen_head_cross_entropy
 from gradlite.ops.loss import LossKind, tiled_cross_entropy
 
 MODEL_TYPES = frozenset(
-    "gemma gemma2 gemma3_text gpt2 gpt_neox llama mistral olmo olmo2 olmo3 phi phi3 qwen2 qwen3 smollm3 starcoder2".split()
+    "gemma gemma2 gemma3_text gpt2 gpt_neox llama mistral mixtral olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 "
+    "qwen3_moe smollm3 starcoder2".split()
 )
 """Whose logits are the head's product with the body's last hidden state, soft-capped if the config says so; see the tests."""
 
@@ -38,6 +39,8 @@ def forward_with_loss(model: Any, own_forward: Callable[..., Any], arguments: tu
     labels = given.pop("labels", None)
     usual = given.get("return_dict") is not False and _is_default(given.get("logits_to_keep")) and _has_usual_loss(model)
     head = model.get_output_embeddings()
+    balances = given.get("output_router_logits")  # then the model's own loss has a second part
+    usual = usual and not (getattr(model.config, "output_router_logits", False) if balances is None else balances)
     usual = usual and not head._forward_hooks and not head._forward_pre_hooks  # which want to see the logits, or change them
     if labels is None or not usual:
         return own_forward(*arguments, **keywords)
@@ -49,9 +52,10 @@ def forward_with_loss(model: Any, own_forward: Callable[..., Any], arguments: tu
         given["use_cache"] = False  # the config's default would keep every layer's keys and values
     outputs = model.base_model(**given)
     loss = causal_lm_loss(model, outputs[0], labels, **own_loss)
-    from transformers.modeling_outputs import CausalLMOutputWithPast
+    from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
-    return CausalLMOutputWithPast(
+    result = MoeCausalLMOutputWithPast if isinstance(outputs, MoeModelOutputWithPast) else CausalLMOutputWithPast
+    return result(
         loss=loss,
         past_key_values=outputs.get("past_key_values"),
         hidden_states=outputs.get("hidden_states"),
@@ -88,7 +92,7 @@ def causal_lm_loss(
     counts_T = labels_T != ignore_index
     count = counts_T.sum()
     head = model.get_output_embeddings()
-    collector = getattr(head, "gradlite_collector", None)
+    (collector,) = getattr(head, "gradlite_collectors", (None,))
     if collector is not None:
         collector.reads(hidden)
     place_T = counts_T.nonzero().squeeze(1)

@@ -14,8 +14,15 @@ from gradlite.ops.gated_mlp import gated_bytes
 from gradlite.ops.linear import linear_bytes
 from gradlite.ops.norm import norm_bytes
 
-_ROLES = {"norm": "norms", "gated": "gated MLPs", "attention": "attentions", "activation": "activations", "block": "blocks"}
-_KNOWN_BY_NAME = ("Norm", "MLP", "Attention", "Activation")
+_ROLES = {
+    "norm": "norms",
+    "gated": "gated MLPs",
+    "experts": "stacked experts",
+    "attention": "attentions",
+    "activation": "activations",
+    "block": "blocks",
+}
+_KNOWN_BY_NAME = ("Norm", "MLP", "Experts", "Attention", "Activation")
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,8 @@ def held_coverage(model: nn.Module, operators: Operators, itemsize: int, rank: i
         if (operator.role != "causal_lm" and not (operator.name + ".").startswith(replayed)) or operator.role == "block"
     )
     known = {id(operator.module) for operator in operators.found}
-    gated = [operator.module for operator in operators.found if operator.role == "gated"]
-    known.update(id(part) for mlp in gated for part in mlp.children())  # the activation, which the MLP's operator computes
+    gated = [operator.module for operator in operators.found if operator.role in ("gated", "experts")]
+    known.update(id(part) for mlp in gated for part in mlp.children())  # the activation, which the operator computes
     tiled = any(operator.role == "causal_lm" for operator in operators.found)
     return HeldCoverage(entries, tuple(_unrecognised(model, known)), tiled)
 
@@ -90,6 +97,10 @@ def _bytes(operator: Operator, model: nn.Module, itemsize: int, rank: int | floa
         assert isinstance(operator.kind, GatedLayout)
         width = _width(getattr(module, operator.kind.gate)) or 0
         return gated_bytes(codec, 1, width if operator.kind.up else width // 2, itemsize)
+    if operator.role == "experts":
+        down = module._parameters["down_proj"]
+        chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None)
+        return None if down is None or chosen is None else chosen * gated_bytes(codec, 1, down.shape[2], itemsize)
     if operator.role == "attention":
         heads, kv_heads, width = _heads(module)
         is_flash = not codec.is_lossy and itemsize > 2

@@ -1,5 +1,6 @@
 """Finds the operators of a model whose way of waiting for backward GradLite knows, and gives each its holder."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,12 @@ from gradlite.hold.mapped_file import MappedFile
 from gradlite.hold.noise import Noise
 from gradlite.hold.place import HERE
 from gradlite.hold.shelf import Shelf
+from gradlite.ops.activation import ActivationKind
 
 
 @dataclass(frozen=True)
 class Operator:
-    """One recognised module. ``role``: norm, activation, gated, attention, block or causal_lm."""
+    """One recognised module. ``role``: norm, activation, gated, experts, attention, block or causal_lm."""
 
     name: str
     role: str
@@ -64,14 +66,17 @@ class Operators:
         self._shelf.clear()
 
 
-def recognise(model: nn.Module, operators: Operators) -> None:
-    """Finds the model's operators; changes nothing yet, not even the random state (dropout is tried as well)."""
+def recognise(model: nn.Module, operators: Operators, experts: Mapping[int, ActivationKind]) -> None:
+    """Finds the model's operators; changes nothing yet, not even the random state (dropout is tried as well).
+
+    ``experts``: by the module's id, those whose weights are trained in coordinates.
+    """
     like = next(iter(model.parameters()))
     with torch.random.fork_rng([like.device] if like.is_cuda else []):
-        _recognise(model, operators, like)
+        _recognise(model, operators, like, experts)
 
 
-def _recognise(model: nn.Module, operators: Operators, like: Tensor) -> None:
+def _recognise(model: nn.Module, operators: Operators, like: Tensor, experts: Mapping[int, ActivationKind]) -> None:
     taken: set[int] = set()
 
     def note(name: str, role: str, module: nn.Module, kind: object) -> None:
@@ -86,6 +91,10 @@ def _recognise(model: nn.Module, operators: Operators, like: Tensor) -> None:
             note(name, "block", block, None)
     for name, module in model.named_modules():
         if id(module) in taken:
+            continue
+        if id(module) in experts:
+            note(name, "experts", module, experts[id(module)])
+            taken.update(id(part) for part in module.children())
             continue
         layout = gated_layout(module, like)
         if layout is not None:
@@ -110,6 +119,8 @@ def take_over(model: nn.Module, operators: Operators) -> None:
     if not operators.attention_switched:
         operators.found = [operator for operator in operators.found if operator.role != "attention"]
     for operator in operators.found:
+        if operator.role == "experts":  # become twins with coordinates
+            continue
         holder = operators.holder(operator.mode, is_boundary=operator.role == "block")
         if operator.role == "attention":
             operator.module.gradlite_holder = holder  # type: ignore[assignment]

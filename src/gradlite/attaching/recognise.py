@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradlite.ops.activation import ActivationKind, activation_value
+from gradlite.ops.experts import experts_value
 from gradlite.ops.gated_mlp import gated_value
 from gradlite.ops.norm import NormKind, norm_value
 from gradlite.ops.precision import wide
@@ -158,3 +159,38 @@ def gated_forward(
     h = gated_value(layout.kind, gate, up) if product is None else product(gate, up)
     result: Tensor = getattr(module, layout.down)(h)
     return result
+
+
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+"""What transformers calls the stacked weights of experts, E×2I×N and E×N×I."""
+
+
+def experts_kind(module: nn.Module) -> ActivationKind | None:
+    """The activation of stacked experts ``Σ_k s_k · down_e(act(gate_e(x)) · up_e(x))``, or None where it is something else."""
+    parts, weights = list(module.children()), module._parameters
+    if set(weights) != set(EXPERT_WEIGHTS) or len(parts) != 1 or module._buffers:
+        return None
+    gate_up, down = (weights[name] for name in EXPERT_WEIGHTS)
+    if gate_up is None or down is None or gate_up.dim() != 3 or down.dim() != 3:
+        return None
+    if tuple(gate_up.shape) != (len(down), 2 * down.shape[2], down.shape[1]):
+        return None
+    kind, x = activation_kind(parts[0], gate_up), _rows(gate_up.shape[2], gate_up)
+    if kind is None or x is None:
+        return None
+    last = len(down) - 1
+    index = torch.tensor([[0, last], [last, last // 2], [last // 2, 0]], device=x.device)[:, : len(down)]
+    scale = torch.tensor([[0.75, 0.5], [1.0, -0.25], [0.5, 0.125]], device=x.device, dtype=x.dtype)[:, : len(down)]
+
+    def own(rows: Tensor) -> Tensor:
+        result: Tensor = module(rows, index, scale)
+        return result
+
+    def twin(rows: Tensor) -> Tensor:
+        return experts_value(rows, index, scale, gate_up, down, kind)
+
+    was_training, errors = module.training, []
+    for module.training in (False, True):
+        errors += [_error(own, twin, rows) for rows in (x, 30.0 * x)]  # far out, where some models clip
+    module.training = was_training
+    return kind if max(errors) <= _TOLERANCE[x.dtype] else None

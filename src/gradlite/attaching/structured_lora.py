@@ -241,7 +241,7 @@ def _recognise(model: nn.Module, operators: Operators) -> None:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        recognise(model, operators)
+        recognise(model, operators, {})
     finally:
         for module in training:
             module.training = True

@@ -19,16 +19,20 @@ from gradlite.attaching.attention import FRUGAL
 from gradlite.attaching.blocks import replayed
 from gradlite.attaching.causal_lm import forward_with_loss
 from gradlite.attaching.lora_twins import TwinFourBitLinear, TwinLoraLinear, TwinTiledMLP
-from gradlite.attaching.names import CHAIN, COORDINATES, RESIDUAL_NORM
+from gradlite.attaching.names import CHAIN, COORDINATES, DOWN_COORDINATES, GATE_UP_COORDINATES, RESIDUAL_NORM
 from gradlite.attaching.recognise import GatedLayout, gated_forward
 from gradlite.errors import GradLiteError
 from gradlite.hold.holder import Holder
 from gradlite.ops.activation import ActivationKind, activation
 from gradlite.ops.embedding import subspace_embedding
+from gradlite.ops.experts import StackedWeight, subspace_experts
 from gradlite.ops.gated_mlp import gated
 from gradlite.ops.linear import subspace_linear
 from gradlite.ops.norm import NormKind, norm
 from gradlite.subspace.collector import Collector, Coordinates
+
+_REGISTERED = (COORDINATES, GATE_UP_COORDINATES, DOWN_COORDINATES, RESIDUAL_NORM)
+"""What attaching registers on modules as parameters."""
 
 
 class _Twin(nn.Module):
@@ -45,17 +49,17 @@ class _Twin(nn.Module):
 class _TwinState(_Twin):
     """Keeps the coordinates out of files, and without storage when the module moves."""
 
-    gradlite_collector: Collector
+    gradlite_collectors: tuple[Collector, ...]
 
     @contextmanager
     def _coordinates_hidden(self) -> Iterator[None]:
         parameters = dict(self._parameters)
-        for name in (COORDINATES, RESIDUAL_NORM):
+        for name in _REGISTERED:
             self._parameters.pop(name, None)
         try:
             yield
         finally:
-            hidden = {name: parameters[name] for name in (COORDINATES, RESIDUAL_NORM) if name in parameters}
+            hidden = {name: parameters[name] for name in _REGISTERED if name in parameters}
             self._parameters.update(hidden)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -71,7 +75,8 @@ class _TwinState(_Twin):
         for parameter in self._parameters.values():
             if isinstance(parameter, Coordinates):
                 parameter.drop_storage()
-        self.gradlite_collector.move(fn)
+        for collector in self.gradlite_collectors:
+            collector.move(fn)
         return result
 
 
@@ -83,14 +88,14 @@ def _trained(coordinates: Tensor, weight: Tensor) -> Tensor:
 class TwinLinear(nn.Linear):
     """``nn.Linear`` whose weight's gradient is absorbed as coordinates."""
 
-    gradlite_collector: Collector
+    gradlite_collectors: tuple[Collector]
     gradlite_coordinates: Coordinates
     gradlite_holder: Holder
 
     @torch.compiler.disable
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear.forward``. A compiled model calls it as it is: backward keeps state that graphs must not cache."""
-        collector, holder = self.gradlite_collector, self.gradlite_holder
+        (collector,), holder = self.gradlite_collectors, self.gradlite_holder
         collector.reads(input)
         projector = collector if holder.projects else None
         coordinates = _trained(self.gradlite_coordinates, self.weight)
@@ -100,15 +105,47 @@ class TwinLinear(nn.Linear):
 class TwinEmbedding(nn.Embedding):
     """``nn.Embedding`` whose weight's gradient is absorbed as coordinates."""
 
-    gradlite_collector: Collector
+    gradlite_collectors: tuple[Collector]
     gradlite_coordinates: Coordinates
 
     @torch.compiler.disable
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Embedding.forward``."""
-        self.gradlite_collector.window.open_if_cleared()
+        (collector,) = self.gradlite_collectors
+        collector.window.open_if_cleared()
         coordinates = _trained(self.gradlite_coordinates, self.weight)
-        return subspace_embedding(input, self.weight, coordinates, self.padding_idx, self.gradlite_collector)
+        return subspace_embedding(input, self.weight, coordinates, self.padding_idx, collector)
+
+
+class TwinExperts(_TwinState):
+    """Stacked experts whose weights' gradients are absorbed as coordinates."""
+
+    gradlite_kind: ActivationKind
+    gradlite_gate_up_coordinates: Coordinates
+    gradlite_down_coordinates: Coordinates
+    gradlite_holder: Holder
+    gate_up_proj: Tensor
+    down_proj: Tensor
+
+    @torch.compiler.disable
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As transformers' experts, whose own code runs where nothing waits for backward."""
+        if not torch.is_grad_enabled():
+            own: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
+            return own
+        reads_x, reads_h = self.gradlite_collectors
+        reads_x.reads(hidden_states)
+        gate_up = _trained(self.gradlite_gate_up_coordinates, self.gate_up_proj)
+        down = _trained(self.gradlite_down_coordinates, self.down_proj)
+        return subspace_experts(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            StackedWeight(self.gate_up_proj, gate_up, reads_x),
+            StackedWeight(self.down_proj, down, reads_h),
+            self.gradlite_kind,
+            self.gradlite_holder,
+        )
 
 
 class _TwinOperator(nn.Module):
@@ -183,6 +220,7 @@ _BEFORE: dict[str, type[nn.Module]] = {
     "norm": TwinNorm, "activation": TwinActivation, "gated": TwinGatedMLP, "block": TwinBlock, "causal_lm": TwinCausalLM,
     "lora": TwinLoraLinear, "tiled_gated": TwinTiledMLP, "four_bit": TwinFourBitLinear,
 }  # fmt: skip
+_ALONE: dict[str, type[nn.Module]] = {"experts": TwinExperts}  # a twin with coordinates whose forward pass is all its own
 _BEHIND: dict[str, type[nn.Module]] = {"linear": TwinLinear, "embedding": TwinEmbedding}
 _TWIN_CLASSES: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 
@@ -191,6 +229,8 @@ def _twin_class(own: type[nn.Module], role: str) -> type[nn.Module]:
     if (own, role) not in _TWIN_CLASSES:
         if role in _BEFORE:
             bases: tuple[type, ...] = (_Twin, _BEFORE[role], own)
+        elif role in _ALONE:
+            bases = (_ALONE[role], own)
         else:
             twin = _BEHIND[role]
             bases = (_TwinState, twin) if own in (nn.Linear, nn.Embedding) else (_TwinState, own, twin)
@@ -232,7 +272,19 @@ def become_twin(module: nn.Module, collector: Collector, holder: Holder) -> None
     """Changes the module's class and registers the coordinates on it."""
     module.__class__ = _twin_class(type(module), "linear" if isinstance(module, nn.Linear) else "embedding")
     module.register_parameter(COORDINATES, collector.coordinates)
-    module.gradlite_collector = collector  # type: ignore[assignment]
+    module.gradlite_collectors = (collector,)  # type: ignore[assignment]
+    module.gradlite_holder = holder  # type: ignore[assignment]
+
+
+def become_expert_twin(
+    module: nn.Module, collectors: tuple[Collector, Collector], kind: ActivationKind, holder: Holder
+) -> None:
+    """As :func:`become_twin`, for stacked experts. ``collectors``: of gate and up, and of down."""
+    module.__class__ = _twin_class(type(module), "experts")
+    for name, collector in zip((GATE_UP_COORDINATES, DOWN_COORDINATES), collectors, strict=True):
+        module.register_parameter(name, collector.coordinates)
+    module.gradlite_collectors = collectors  # type: ignore[assignment]
+    module.gradlite_kind = kind  # type: ignore[assignment]
     module.gradlite_holder = holder  # type: ignore[assignment]
 
 
@@ -245,9 +297,9 @@ def become_recognised(module: nn.Module, role: str, kind: object, holder: Holder
 
 def become_itself(module: nn.Module) -> None:
     """Undoes :func:`become_twin` and :func:`become_recognised`."""
-    for name in (COORDINATES, RESIDUAL_NORM):
+    for name in _REGISTERED:
         module._parameters.pop(name, None)
-    for name in ("gradlite_collector", "gradlite_kind", "gradlite_holder", FRUGAL, CHAIN):
+    for name in ("gradlite_collectors", "gradlite_kind", "gradlite_holder", FRUGAL, CHAIN):
         module.__dict__.pop(name, None)
     own: type[nn.Module] | None = getattr(module, "gradlite_own_class", None)
     if own is not None:

@@ -54,7 +54,7 @@ class SubspaceAdamW(Optimizer):
         groups: param groups with ``params``, ``lr``, ``betas``, ``eps``, ``weight_decay``. Coordinates among the params are
             recognised by ``weights``; everything else is trained by plain AdamW.
         window: the model's window, whose collectors absorb gradients.
-        weights: the projected weight (M×N) of every collector, in the window's order.
+        weights: the projected weight (M×N, or stacked E×M×N) of every collector, in the window's order.
 
     Raises nothing for NaN or infinity: such a step leaves everything as it was and is counted in ``skipped_steps``.
     """
@@ -198,7 +198,7 @@ class SubspaceAdamW(Optimizer):
         for member in steps:
             left, right = member.finish(basis.matrix_NR, new_NR, noise)
             lr = float(member.group["lr"])
-            weight_MN = self._weight_of[id(member.collector)]
+            weight_MN = self._weight_of[id(member.collector)].flatten(0, -2)  # stacked experts: as one matrix, not a copy
             decay = 1.0 - lr * member.group["weight_decay"]
             low_rank_update_(weight_MN, left, right, -lr * scale, decay, self._rounding(noise))
         if new_NR is not None:

@@ -1,0 +1,214 @@
+"""Experts held as stacked weights (mixture of experts): each token goes through the few experts it was sent to.
+
+``out_t = Σ_k s_tk · down_e(act(gate_e(x_t)) · up_e(x_t))`` with ``e = index_tk``: equal to transformers' experts in the forward
+pass and in ``∂L/∂x`` and ``∂L/∂s``. Instead of ``∂L/∂W`` of the stacked weights (E×M×N) it hands the gradients' factors to
+``absorb``, for all experts as one matrix of E·M rows, whose basis they share. Source: docs/method.md, section 1.
+
+What waits: ``x`` (once, however many experts a token has), gate and up of every pair, and the pairs' numbers. ``h`` is computed
+again, and ``∂L/∂s_tk = ⟨δ_t W_down, h⟩`` needs no output of an expert.
+
+Shape suffixes: T tokens, K experts of a token, P = T·K pairs of a token and an expert sorted by expert, E experts, M output
+width, N input width, R rank, S any small width.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gradlite.hold.holder import Holder
+from gradlite.ops.activation import ActivationKind
+from gradlite.ops.factors import row_norms
+from gradlite.ops.gated_mlp import gated, gated_value
+from gradlite.ops.keep import Keep, Kept
+from gradlite.ops.linear import Absorb
+
+
+class Routing(NamedTuple):
+    """Which token is each pair's (int64), its place among the T·K choices, and how many pairs each expert has."""
+
+    token_P: Tensor
+    choice_P: Tensor
+    counts: tuple[int, ...]
+
+
+def routing_of(index_TK: Tensor, num_experts: int) -> Routing:
+    """Sorts the choices by expert. Choices beyond the last expert are nobody's (transformers' mark of another device's)."""
+    choices = index_TK.reshape(-1)
+    counts = tuple(torch.bincount(choices, minlength=num_experts)[:num_experts].tolist())
+    choice_P = choices.argsort(stable=True)[: sum(counts)]
+    return Routing(choice_P // index_TK.shape[-1], choice_P, counts)
+
+
+def _segments(counts: tuple[int, ...]) -> Iterator[tuple[int, slice]]:
+    """Every expert that has pairs, and which these are."""
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slice(start, start + count)
+        start += count
+
+
+def grouped_linear(x_PN: Tensor, weight_EMN: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """``x W_eᵀ`` (P×M) for rows sorted by expert; weights in the dtype of ``x``, one expert's at a time."""
+    y_PM = x_PN.new_empty(x_PN.shape[0], weight_EMN.shape[1])
+    for expert, pairs in _segments(counts):
+        torch.mm(x_PN[pairs], weight_EMN[expert].to(x_PN.dtype).T, out=y_PM[pairs])
+    return y_PM
+
+
+def _grouped_back(grad_PM: Tensor, weight_EMN: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """``δ W_e`` (P×N)."""
+    return grouped_linear(grad_PM, weight_EMN.transpose(1, 2), counts)
+
+
+class ExpertFactors:
+    """The gradient of stacked weights as one matrix of E·M rows: ``left_PM``, ``right`` (here P×N), and each expert's pairs."""
+
+    def __init__(self, left_PM: Tensor, right_PN: Tensor, counts: tuple[int, ...]) -> None:
+        self.left_PM = left_PM
+        self.right_TN = right_PN
+        self.counts = counts
+
+    def left_t_matmul(self, z_TS: Tensor) -> Tensor:
+        product_EMS = z_TS.new_zeros(len(self.counts), self.left_PM.shape[1], z_TS.shape[1])
+        for expert, pairs in _segments(self.counts):
+            torch.mm(self.left_PM[pairs].T, z_TS[pairs], out=product_EMS[expert])
+        return product_EMS.flatten(0, 1)
+
+    def left_matmul(self, probe_MS: Tensor) -> Tensor:
+        return _grouped_back(self.left_PM, probe_MS.unflatten(0, (len(self.counts), -1)), self.counts)
+
+    def left_norms(self) -> Tensor:
+        return row_norms(self.left_PM)
+
+    def left_rows(self, index_K: Tensor) -> Tensor:
+        ends_E = torch.tensor(self.counts, device=index_K.device).cumsum(0)
+        expert_K = torch.searchsorted(ends_E, index_K, right=True)
+        rows_KEM = self.left_PM.new_zeros(len(index_K), len(self.counts), self.left_PM.shape[1])
+        rows_KEM[torch.arange(len(index_K), device=index_K.device), expert_K] = self.left_PM[index_K]
+        return rows_KEM.flatten(1)
+
+
+class StackedWeight(NamedTuple):
+    """One stacked weight; its coordinates, a leaf of zeros of E·M rows that receives ``δᵀ(xP)``; and what absorbs."""
+
+    weight_EMN: Tensor
+    coordinates_MR: Tensor
+    absorb: Absorb
+
+
+class _Gather(torch.autograd.Function):
+    """``y_p = W_e x_t`` for every pair; keeps nothing of its own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight_EMN: Tensor, coordinates_MR: Tensor, absorb: Absorb, kept: Kept, routing: Routing
+    ) -> Tensor:
+        ctx.absorb, ctx.kept, ctx.counts, ctx.shape = absorb, kept, routing.counts, x.shape
+        return grouped_linear(x.reshape(-1, x.shape[-1])[routing.token_P], weight_EMN, routing.counts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_PM: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None, None]:
+        weight_EMN, token_P, *leaves = ctx.kept.saved()
+        grad_coordinates = grad_x = None
+        if ctx.needs_input_grad[2]:
+            x_TN = ctx.kept.ticket.get(leaves).view(-1, weight_EMN.shape[2]).to(grad_PM.dtype)
+            grad_coordinates = ctx.absorb(ExpertFactors(grad_PM, x_TN[token_P], ctx.counts))
+            del x_TN
+        if ctx.kept.needs_x:
+            grad_x = grad_PM.new_zeros(ctx.shape)
+            grad_x.view(-1, ctx.shape[-1]).index_add_(0, token_P, _grouped_back(grad_PM, weight_EMN, ctx.counts))
+        return grad_x, None, grad_coordinates, None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """``out_t = Σ s_p W_e h_p`` over the token's pairs; keeps nothing of its own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_PN: Tensor,
+        scale_P: Tensor,
+        weight_EMN: Tensor,
+        coordinates_MR: Tensor,
+        absorb: Absorb,
+        kept: Kept,
+        routing: Routing,
+        out_TM: Tensor,
+    ) -> Tensor:
+        ctx.absorb, ctx.kept, ctx.counts = absorb, kept, routing.counts
+        y_PM = grouped_linear(h_PN, weight_EMN, routing.counts) * scale_P[:, None]
+        return out_TM.index_add(0, routing.token_P, y_PM.to(out_TM.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
+        weight_EMN, token_P, scale_P, *leaves = ctx.kept.saved()
+        h_PN = ctx.kept.ticket.get(leaves)
+        grad_PM = grad_TM[token_P].to(h_PN.dtype)
+        scale_P1 = scale_P[:, None].to(h_PN.dtype)
+        grad_coordinates = None
+        if ctx.needs_input_grad[3]:
+            grad_coordinates = ctx.absorb(ExpertFactors(grad_PM * scale_P1, h_PN, ctx.counts))
+        unscaled_PN = _grouped_back(grad_PM, weight_EMN, ctx.counts)
+        grad_scale = (unscaled_PN * h_PN).sum(1, dtype=scale_P.dtype) if ctx.needs_input_grad[1] else None
+        return unscaled_PN * scale_P1, grad_scale, None, grad_coordinates, None, None, None, None
+
+
+@torch.no_grad()
+def experts_value(
+    x: Tensor, index_TK: Tensor, scale_TK: Tensor, gate_up_EMN: Tensor, down_EMN: Tensor, kind: ActivationKind
+) -> Tensor:
+    """The experts' forward pass (in the shape and dtype of ``x``), without gradients: gate and up lie in this order."""
+    routing = routing_of(index_TK, len(gate_up_EMN))
+    x_TN = x.reshape(-1, x.shape[-1])
+    gate_PN, up_PN = grouped_linear(x_TN[routing.token_P], gate_up_EMN, routing.counts).chunk(2, dim=1)
+    y_PM = grouped_linear(gated_value(kind, gate_PN, up_PN), down_EMN, routing.counts)
+    y_PM = y_PM * scale_TK.reshape(-1)[routing.choice_P, None]
+    return torch.zeros_like(x_TN).index_add_(0, routing.token_P, y_PM.to(x.dtype)).view(x.shape)
+
+
+def subspace_experts(
+    x: Tensor,
+    index_TK: Tensor,
+    scale_TK: Tensor,
+    gate_up: StackedWeight,
+    down: StackedWeight,
+    kind: ActivationKind,
+    holder: Holder,
+) -> Tensor:
+    """:func:`experts_value` whose weight gradients are absorbed as coordinates.
+
+    Args:
+        x: ``(…, N)`` with T rows in all. index_TK: expert of each choice, integers of any shape that ends in K. scale_TK: what
+            the choice's output is multiplied by, in any float dtype; its gradient is exact.
+        gate_up, down: weights E×2I×N and E×N×I. holder: how ``x``, gate and up wait.
+
+    Under autocast the operands are cast as in ``F.linear``; the result has the dtype of ``x``.
+    """
+    own = x
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    index_TK, scale_TK = index_TK.reshape(-1, index_TK.shape[-1]), scale_TK.reshape(-1, scale_TK.shape[-1])
+    routing = routing_of(index_TK, len(gate_up.weight_EMN))
+    with torch.autocast(x.device.type, enabled=False):
+        kept = Kept(own.requires_grad)
+        leaves: tuple[Tensor, ...] = ()
+        if gate_up.coordinates_MR.requires_grad:
+            kept.ticket, leaves = holder.hold(own, x.dtype)
+        x = Keep.apply(x, gate_up.coordinates_MR, kept, gate_up.weight_EMN, routing.token_P, *leaves)
+        both_PM = _Gather.apply(x, *gate_up, kept, routing)
+        gate_PN, up_PN = both_PM.chunk(2, dim=1)
+        h_PN = gated(gate_PN, up_PN, kind, holder)
+        del both_PM, gate_PN, up_PN
+        scale_P = scale_TK.reshape(-1)[routing.choice_P]
+        kept_h = Kept(h_PN.requires_grad)
+        kept_h.ticket, leaves_h = holder.hold(h_PN)
+        h_PN = Keep.apply(h_PN, down.coordinates_MR, kept_h, down.weight_EMN, routing.token_P, scale_P.detach(), *leaves_h)
+        out = torch.zeros_like(own, requires_grad=False).view(-1, own.shape[-1])
+        result: Tensor = _Scatter.apply(h_PN, scale_P, *down, kept_h, routing, out)
+    return result.view(own.shape)

@@ -1,0 +1,135 @@
+"""Stacked experts: value and all gradients against naive code in float64, and what is held."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gradlite.hold.codec import EXACT, INT8, Codec
+from gradlite.hold.holder import Holder
+from gradlite.ops.experts import StackedWeight, experts_value, routing_of, subspace_experts
+from gradlite.ops.factors import GradientFactors
+from gradlite.ops.gated_mlp import gated_bytes
+from gradlite.subspace.basis import random_basis
+
+TOKENS, CHOICES, EXPERTS, WIDTH, INNER, RANK = 7, 2, 5, 12, 8, 3
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, choices (of which none is the fourth expert), their scales, and the two weights."""
+    index = torch.stack([torch.tensor([0, 1, 2, 4])[torch.randperm(4)[:CHOICES]] for _ in range(TOKENS)])
+    return leaf(TOKENS, WIDTH), index, leaf(TOKENS, CHOICES), leaf(EXPERTS, 2 * INNER, WIDTH), leaf(EXPERTS, WIDTH, INNER)
+
+
+def naive(x: Tensor, index: Tensor, scale: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    rows = []
+    for token in range(len(x)):
+        row = torch.zeros(WIDTH, dtype=x.dtype)
+        for choice, expert in enumerate(index[token].tolist()):
+            if expert < EXPERTS:
+                gate, up = (gate_up[expert] @ x[token]).chunk(2)
+                row = row + scale[token, choice] * (down[expert] @ (F.silu(gate) * up))
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def stacked(weight: Tensor) -> tuple[StackedWeight, Tensor]:
+    """The weight with coordinates, and the basis in which their gradient comes."""
+    basis_NR = random_basis(weight.shape[2], RANK, torch.Generator().manual_seed(3), weight.detach())
+
+    def absorb(factors: GradientFactors) -> Tensor:
+        return factors.left_t_matmul(factors.right_TN @ basis_NR)
+
+    coordinates = torch.zeros(weight.shape[0] * weight.shape[1], RANK, dtype=torch.float64, requires_grad=True)
+    return StackedWeight(weight.detach(), coordinates, absorb), basis_NR
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_against_naive_code(elsewhere: bool, holder: Callable[..., Holder]) -> None:
+    x, index, scale, gate_up, down = inputs()
+    if elsewhere:  # a choice that another device answers for
+        index[2, 1] = EXPERTS
+    wanted = naive(x, index, scale, gate_up, down)
+    torch.testing.assert_close(experts_value(x, index, scale, gate_up, down, "silu"), wanted, rtol=0, atol=1e-12)
+    exact = torch.autograd.grad(wanted.sin().sum(), [x, scale, gate_up, down])
+    (first, first_basis), (second, second_basis) = stacked(gate_up), stacked(down)
+    found = subspace_experts(x, index, scale, first, second, "silu", holder())
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    found.sin().sum().backward()
+    for grad, expected in (
+        (x.grad, exact[0]),
+        (scale.grad, exact[1]),
+        (first.coordinates_MR.grad, exact[2].flatten(0, 1) @ first_basis),
+        (second.coordinates_MR.grad, exact[3].flatten(0, 1) @ second_basis),
+    ):
+        torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-11)
+
+
+def test_tokens_in_batches_and_a_frozen_part(holder: Callable[..., Holder]) -> None:
+    x, index, scale, gate_up, down = inputs()
+    (first, _), (second, basis_NR) = stacked(gate_up), stacked(down)
+    first.coordinates_MR.requires_grad_(False)
+    (exact,) = torch.autograd.grad(naive(x, index, scale, gate_up, down).square().sum(), [down])
+    folded = x.detach().view(1, TOKENS, WIDTH)
+    found = subspace_experts(folded, index.view(1, TOKENS, CHOICES), scale.detach(), first, second, "silu", holder())
+    assert found.shape == folded.shape
+    found.square().sum().backward()
+    torch.testing.assert_close(second.coordinates_MR.grad, exact.flatten(0, 1) @ basis_NR, rtol=1e-12, atol=1e-11)
+    assert first.coordinates_MR.grad is None
+
+
+def test_a_token_that_nobody_takes_is_zero() -> None:
+    _, _, scale, gate_up, down = inputs()
+    index = torch.full((TOKENS, CHOICES), EXPERTS)
+    assert routing_of(index, EXPERTS).counts == (0,) * EXPERTS
+    assert not experts_value(torch.randn(TOKENS, WIDTH).double(), index, scale, gate_up, down, "silu").any()
+
+
+@pytest.mark.parametrize("codec", [EXACT, INT8], ids=["exact", "int8"])
+def test_what_is_held(codec: Codec, holder: Callable[..., Holder]) -> None:
+    """Gate and up of every pair and the input once, whoever else reads it; two numbers a pair; no output of an expert."""
+    x, index, scale, gate_up, down = inputs()
+    first, second = stacked(gate_up)[0], stacked(down)[0]
+    weights = {first.weight_EMN.data_ptr(), second.weight_EMN.data_ptr()}
+    held: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Any:
+        if tensor.data_ptr() not in weights:
+            held[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        subspace_experts(x, index, scale, first, second, "silu", holder(codec))
+    pairs = TOKENS * CHOICES
+    numbers = 8 * pairs + 8 * pairs
+    wanted = gated_bytes(codec, pairs, INNER, 8) + codec.nbytes(TOKENS, WIDTH, 8) + numbers
+    assert wanted <= sum(held.values()) <= wanted + 8 * pairs  # the choices' places, for the scales' own gradient
+
+
+def test_autocast_computes_in_the_short_format(holder: Callable[..., Holder]) -> None:
+    x, index, scale, gate_up, down = (one.float().detach() if one.is_floating_point() else one for one in inputs())
+    x.requires_grad_()
+    seen: list[torch.dtype] = []
+
+    def absorb(factors: GradientFactors) -> Tensor:
+        seen.append(factors.right_TN.dtype)
+        return torch.zeros(factors.left_t_matmul(factors.right_TN).shape[0], RANK)
+
+    def short(weight: Tensor) -> StackedWeight:
+        return StackedWeight(weight, torch.zeros(len(weight) * weight.shape[1], RANK, requires_grad=True), absorb)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = subspace_experts(x, index, scale, short(gate_up), short(down), "silu", holder())
+    assert found.dtype == torch.float32
+    found.sum().backward()
+    assert seen == [torch.bfloat16, torch.bfloat16]
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    torch.testing.assert_close(found, naive(x, index, scale, gate_up, down), rtol=0.05, atol=0.3)
