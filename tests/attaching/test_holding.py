@@ -192,13 +192,13 @@ def test_a_copy_trains_as_the_original(hold: Any, build: Build, attached: Any, t
 def test_a_saved_model_is_loaded_by_a_process_that_attached_nothing(
     build: Build, attached: Any, tokens: Tokens, same_gradients: Check, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     model = attached(build(), "recompute-int8")
     torch.save(model, tmp_path / "model.pt")
     model.save_pretrained(tmp_path / "model")
-    for interface in (AttentionInterface, AttentionMaskInterface):
-        monkeypatch.delitem(interface._global_mapping, "gradlite")
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", sdpa_attention_forward)  # as another process finds it
     whole = torch.load(tmp_path / "model.pt", weights_only=False)
     for each in (model, whole):
         backward(each, tokens)

@@ -255,3 +255,164 @@ def test_a_model_of_no_family(hold: Any) -> None:
 
 def test_blocks_are_what_has_parts() -> None:
     assert [name for name, _ in named_blocks(Model())] == ["layers.0"]
+
+
+def test_zeros_and_ones_do_not_hide_what_a_module_computes() -> None:
+    """Before training much is zero or one, and many formulas then give the same."""
+    centred = nn.LayerNorm(24)
+    nn.init.zeros_(centred.weight)
+    assert norm_kind(centred, LIKE) == NormKind(1e-5, centred=True)
+    assert not centred.weight.any()
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = nn.Linear(24, 40), nn.Linear(24, 40), nn.Linear(40, 24, bias=False)
+            self.act = nn.SiLU()
+            nn.init.zeros_(self.down_proj.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            down: Tensor = self.down_proj(self.act(self.gate_proj(x)) * (self.up_proj(x) + 1.0))
+            return down
+
+    odd = Odd()
+    assert gated_layout(odd, LIKE) is None
+    assert not odd.down_proj.weight.any()
+
+    class Usual(Odd):
+        def forward(self, x: Tensor) -> Tensor:
+            down: Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+            return down
+
+    assert gated_layout(Usual(), LIKE) is not None
+
+    class Scaled(Usual):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * super().forward(x)
+
+    assert gated_layout(Scaled(), LIKE) is None
+
+
+def test_a_gated_mlp_that_clips_is_its_own() -> None:
+    from transformers import DeepseekV4Config
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4MLP
+
+    assert gated_layout(DeepseekV4MLP(DeepseekV4Config(hidden_size=32, moe_intermediate_size=48)), LIKE) is None
+
+
+def test_the_nearest_activation_is_taken() -> None:
+    like = torch.zeros(1, dtype=torch.float16)
+    assert activation_kind(nn.GELU(approximate="tanh"), like) == "gelu_tanh"
+    assert activation_kind(nn.GELU(), like) == "gelu"
+
+
+def test_models_whose_first_weights_are_no_floats() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.LayerNorm(32))
+    whole = nn.Module()
+    whole.register_parameter("codes", nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False))
+    whole.add_module("rest", model)
+    gradlite.attach(whole, rank=4)
+    found = attachment_of(whole)
+    assert found is not None
+    assert {operator.role for operator in found.operators.found} == {"activation", "norm"}
+
+
+def test_token_ids_are_not_rounded() -> None:
+    """Blocks of which only the input is kept, as codes, may take token ids."""
+
+    class Tower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.out = nn.Embedding(1000, 32), nn.Linear(32, 32)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            out: Tensor = self.out(self.words(ids))
+            return out
+
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.towers = nn.ModuleList([Tower(), Tower()])
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return sum((tower(ids) for tower in self.towers), torch.zeros(()))
+
+    model = Towers()
+    plain = copy.deepcopy(model)
+    gradlite.attach(model, rank=1.0, basis="random", hold="recompute-int8")
+    ids = torch.randint(0, 1000, (3, 7))
+    for each in (model, plain):
+        each(ids).square().sum().backward()
+    found = attachment_of(model)
+    assert found is not None
+    for (name, _), collector in zip(found.projected, found.window.collectors, strict=True):
+        grad, matrix = collector.coordinates.grad, collector.basis.matrix_NR
+        assert grad is not None
+        assert matrix is not None
+        torch.testing.assert_close(grad @ matrix.T, plain.get_parameter(name).grad, rtol=0.05, atol=0.3)
+
+
+@pytest.mark.parametrize("hold", ["exact", "int8"])
+def test_checkpointing_by_the_user_of_parts_whose_input_a_norm_made(hold: Any) -> None:
+    """A post-norm model: what the norm outside offers must not be missing when the part inside runs again."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32)) for _ in range(2)])
+            self.norms = nn.ModuleList([nn.LayerNorm(32) for _ in range(2)])
+
+        def forward(self, x: Tensor, is_checkpointed: bool) -> Tensor:
+            for part, norm in zip(self.parts, self.norms, strict=True):
+                x = norm(x + (checkpoint(part, x, use_reentrant=False) if is_checkpointed else part(x)))
+            return x
+
+    torch.manual_seed(0)
+    model, x = Stack(), torch.randn(5, 32)
+    gradlite.attach(model, rank=1.0, basis="random", hold=hold)
+    gradients = []
+    for is_checkpointed in (False, True):
+        model.zero_grad()
+        model(x, is_checkpointed).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > (1 - 1e-6 if hold == "exact" else 0.999)
+
+
+def test_results_may_be_changed_in_place() -> None:
+    """As those of the plain layers."""
+    model = nn.ModuleList([nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 32), nn.Linear(32, 32, bias=False)])
+    plain = copy.deepcopy(model)
+    gradlite.attach(model, rank=4)
+    x = torch.randn(2, 5, 32)
+    for layer, own in zip(model, plain, strict=True):
+        results = []
+        for each in (layer, own):
+            y = each(x.clone().requires_grad_())
+            y += 1.0
+            y.square().sum().backward()
+            results.append(y.detach())
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+def test_sparse_attention_keeps_its_masks(family: str) -> None:
+    """These models ask for the name of the attention function, and mask for those that they know."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family, vocab_size=50, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
+        v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, n_shared_experts=1,
+        first_k_dense_replace=1, index_topk=3, index_n_heads=2, index_head_dim=16, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).train()
+    plain, ids = copy.deepcopy(model), torch.randint(3, 50, (2, 9))
+    gradlite.attach(model, rank=4)
+    found, wanted = model(input_ids=ids, labels=ids).loss, plain(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(found, wanted, rtol=2e-6, atol=0)

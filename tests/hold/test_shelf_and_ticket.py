@@ -165,3 +165,16 @@ def test_what_waits_in_another_format() -> None:
     assert low.leaves[0].dtype == torch.bfloat16
     assert again is low
     assert holder.hold(x).leaves[0].dtype == torch.float32
+
+
+def test_what_was_offered_under_other_hooks_is_not_found() -> None:
+    """A checkpointed part that runs again finds nothing of what was outside, so it must not have found it the first time."""
+    shelf, x = Shelf(), torch.randn(3, 4)
+    outside = Held(Ticket(lambda leaf: leaf), (x,))
+    shelf.offer(x, outside)
+    with torch.autograd.graph.saved_tensors_hooks(lambda leaf: leaf, lambda leaf: leaf):
+        assert shelf.find(x) is None
+        inside = Held(Ticket(lambda leaf: leaf), (x,))
+        shelf.offer(x, inside)
+        assert shelf.find(x) is inside
+    assert shelf.find(x) is outside

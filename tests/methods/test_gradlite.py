@@ -12,9 +12,9 @@ import gradlite
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"lr": -1.0}, "lr must be at least 0"),
-        ({"betas": (1.0, 0.9)}, "betas.0. must be in"),
-        ({"eps": 0.0}, "eps must be above 0"),
+        ({"lr": -1.0}, "lr must be a finite number, at least 0"),
+        ({"betas": (1.0, 0.9)}, "betas must be two numbers"),
+        ({"eps": 0.0}, "eps must be a finite number above 0"),
         ({"refresh_interval": 0}, "refresh_interval must be a whole number"),
         ({"refresh_interval": 2.5}, "refresh_interval must be a whole number"),
         ({"groups": [{"lr": 1.0}]}, 'a group needs "params"'),
@@ -93,3 +93,70 @@ def test_groups_that_are_added_hold_parameters_of_the_model() -> None:
     model(torch.randn(5, 32)).square().sum().backward()
     optimizer.step()
     assert all(not torch.equal(now, then) for now, then in zip(model[1].parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"params": ["nothing*"]}, "matches no trained parameter"),
+        ({"params": ["0.*"], "lr": -1.0}, r"lr in the group \['0\.\*'\] must be a finite number, at least 0, not -1"),
+        ({"params": ["0.*"], "lr": "1e-4"}, "must be a finite number, at least 0, not '1e-4'"),
+        ({"params": ["0.*"], "betas": (0.9,)}, r"betas .* must be two numbers in \[0, 1\)"),
+        ({"params": ["0.*"], "betas": (2, 3)}, r"betas .* must be two numbers in \[0, 1\)"),
+        ({"params": ["0.*"], "eps": float("nan")}, "eps .* must be a finite number above 0"),
+    ],
+)
+def test_a_bad_group_leaves_the_model_as_it_was(settings: dict[str, Any], message: str) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    with pytest.raises(gradlite.GradLiteError, match=message):
+        gradlite.GradLite(model, rank=4, groups=[settings])
+    assert type(model[0]) is nn.Linear
+    model(torch.randn(2, 32)).sum().backward()
+    assert model[0].weight.grad is not None
+
+
+def test_vectors_that_are_added_later_are_not_decayed() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    model[1].bias.requires_grad_(False)
+    optimizer = gradlite.GradLite(model, rank=4, weight_decay=0.5)
+    model[1].bias.requires_grad_(True)
+    optimizer.add_param_group({"params": [model[1].bias]})
+    assert optimizer.param_groups[-1]["weight_decay"] == 0.0
+
+
+def test_a_weight_that_was_replaced_is_noticed() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    gradlite.GradLite(model, rank=4)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    with pytest.raises(gradlite.GradLiteError, match=r"replaced by another tensor .*assign=True.* build the optimizer anew"):
+        model(torch.randn(2, 32))
+
+
+def test_weights_with_strides_of_their_own_are_trained() -> None:
+    layer = nn.Linear(32, 48).bfloat16()
+    layer.weight.data = layer.weight.data.T.contiguous().T
+    before = layer.weight.detach().clone()
+    optimizer = gradlite.GradLite(layer, lr=1e-2, rank=4)
+    layer(torch.randn(8, 32).bfloat16()).square().sum().backward()
+    optimizer.step()
+    assert int((layer.weight != before).sum()) > before.numel() // 2
+
+
+def test_large_finite_gradients_in_float16_are_no_reason_to_skip() -> None:
+    model = nn.Linear(32, 32).half()
+    optimizer = gradlite.GradLite(model, rank=4, basis="random")
+    model(torch.full((1, 32), 100.0).half()).backward(torch.full((1, 32), 30.0).half())
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+
+
+def test_a_state_of_another_format_is_refused() -> None:
+    states = {}
+    for dtype in (torch.float32, torch.float64):
+        model = nn.Linear(64, 64).to(dtype)
+        optimizer = gradlite.GradLite(model, rank=4)
+        model(torch.randn(4, 64, dtype=dtype)).sum().backward()
+        optimizer.step()
+        states[dtype] = optimizer, optimizer.state_dict()
+    with pytest.raises(gradlite.GradLiteError, match="trained weights in float64, this one has them in float32"):
+        states[torch.float32][0].load_state_dict(states[torch.float64][1])

@@ -213,3 +213,22 @@ def test_blocks_of_many_lengths_are_traced_once(holder: Any, monkeypatch: pytest
     kernel.cache_clear()
     assert 2 <= counters["stats"]["unique_graphs"] <= 4
     assert _State.usable
+
+
+def test_heads_without_a_unit_stride_and_masks_of_three_dimensions(same: Any, holder: Any) -> None:
+    """PyTorch's attention turns to other kernels by itself; the flash kernels that are called here would read past the rows."""
+    q, k, v = (torch.randn(2, 4, 8, 9, dtype=torch.float64).transpose(2, 3).requires_grad_() for _ in range(3))
+    for places in ((0,), (1,), (2,), (0, 1, 2)):
+        given = [one if place in places else one.detach().contiguous().requires_grad_() for place, one in enumerate((q, k, v))]
+        same(
+            lambda q, k, v: attention(q, k, v, None, True, 0.3, holder()),
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3).transpose(1, 2),
+            given,
+        )
+    mask = torch.rand(4, 9, 9) > 0.3
+    mask[..., 0] = True
+    same(
+        lambda q, k, v: attention(q, k, v, mask, False, 0.3, holder()),
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask, scale=0.3).transpose(1, 2),
+        [one.detach().contiguous().requires_grad_() for one in (q, k, v)],
+    )

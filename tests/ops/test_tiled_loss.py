@@ -242,3 +242,18 @@ def test_tokens_of_a_tile() -> None:
     assert [tile_tokens(10_000, 1 << 15, device) for device in ("cpu", "cuda")] == [1 << 8, 1 << 11]
     assert tile_tokens(7, 1 << 15, "cpu") == 7
     assert tile_tokens(7, 1 << 24, "cpu") == 1
+
+
+def test_sums_over_many_tiles_lose_no_more_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, where a running sum of 64 tiles would lose three times as much."""
+    torch.manual_seed(0)
+    h, weight = torch.randn(128, 32).bfloat16(), torch.randn(50, 32).mul(0.2).bfloat16().requires_grad_()
+    labels, errors = torch.randint(0, 50, (128,)), []
+    exact = weight.detach().double().requires_grad_()
+    F.cross_entropy(h.double() @ exact.T, labels, reduction="sum").backward()
+    assert exact.grad is not None
+    for tokens in (128, 2):
+        monkeypatch.setattr("gradlite.ops.loss.tile_tokens", lambda *_, tokens=tokens: tokens)
+        (found,) = torch.autograd.grad(tiled_cross_entropy(h, weight, None, labels), [weight])
+        errors.append(float((found.double() - exact.grad).norm() / exact.grad.norm()))
+    assert errors[1] < 1.3 * errors[0]

@@ -181,3 +181,26 @@ def test_a_dense_update_may_run_along_columns() -> None:
     weight, update = torch.zeros(90, 70, dtype=torch.bfloat16), values(70, 90).T
     dense_update_(weight, update, 1.0, 1.0, None)
     assert torch.equal(weight, update.bfloat16())
+
+
+@pytest.mark.parametrize("tiny", [1e-20, 1e-25, 1e-37])
+def test_a_second_moment_that_underflows_sets_no_scale(tiny: float) -> None:
+    """One gradient whose square is nothing in float32, among 255 usual ones, which must keep their momentum."""
+    moments, generator = Int8Moments(), torch.Generator().manual_seed(0)
+    grad = torch.randn(64, 64, generator=generator)
+    grad[7, 7] = tiny
+    state: dict[str, Tensor] = dict(moments.init(grad.shape, grad))
+    for step in range(1, 6):
+        noise = NoiseTable(generator, torch.device("cpu"))
+        direction, _ = moments.advance(state, grad, step, (0.9, 0.999), 1e-8, noise)
+        assert direction.abs().max() < 2.0
+    usual = direction.abs()[grad.abs() > 0.3]
+    torch.testing.assert_close(usual, torch.ones_like(usual), rtol=0, atol=0.15)
+
+
+def test_a_dense_update_of_strides_of_its_own() -> None:
+    weight = torch.randn(4, 8, 3, 3).bfloat16().to(memory_format=torch.channels_last)
+    wanted = weight.float() * 0.5 + 2.0
+    dense_update_(weight, torch.ones(4, 8, 3, 3), 2.0, 0.5, None)
+    torch.testing.assert_close(weight, wanted.bfloat16(), rtol=0, atol=0)
+    assert weight.is_contiguous(memory_format=torch.channels_last)

@@ -135,7 +135,7 @@ def attach(
     projected = [module_names[id(module)] for _, parameter in chosen for module in owners[id(parameter)]]
     operators.plan.check_used(projected, [name for name, _ in named_blocks(model)])
     window = Window(basis, sample_residual, seed, chosen[0][1])
-    take_over(model, operators)
+    take_over(operators)
     coverage = Coverage(tuple(entries), held_coverage(model, operators, chosen[0][1].itemsize, rank))
     attachment = Attachment(window, coverage, operators)
     for name, parameter in chosen:
@@ -159,7 +159,7 @@ def detach(model: nn.Module) -> nn.Module:
             handle.remove()
         for module in attachment.modules:
             become_itself(module)
-        give_back(model, attachment.operators)
+        give_back(attachment.operators)
         attachment.active = False
         object.__delattr__(model, _ATTRIBUTE)
     return model
@@ -171,6 +171,14 @@ def check_unchanged(model: nn.Module) -> None:
     if attachment is None:
         return
     then, now = attachment.coverage.num_elements(), sum(parameter.numel() for parameter in model.parameters())
+    weights = {id(weight) for _, weight in attachment.projected}
+    names = ("weight", *EXPERT_WEIGHTS)
+    for module in attachment.modules:
+        if any(name in module._parameters and id(module._parameters[name]) not in weights for name in names):
+            raise GradLiteError(
+                f"a weight of {type(module).__name__} was replaced by another tensor after GradLite had been attached "
+                "(load_state_dict(assign=True) does so); load before attaching, or build the optimizer anew."
+            )
     if now != then:
         raise GradLiteError(
             f"{type(unwrapped(model)).__name__} had {then:,} parameters when GradLite was attached and has {now:,} now; "

@@ -1,4 +1,8 @@
-"""Puts GradLite's attention into a transformers model through transformers' own registry of attention functions."""
+"""Puts GradLite's attention into transformers models through transformers' own registry of attention functions.
+
+It takes the place of ``sdpa``, and hands on to transformers' function whatever is not marked with a holder. A name of its own
+would not do: some models ask for the name and build other masks for what they do not know.
+"""
 
 import sys
 from typing import Any
@@ -8,7 +12,7 @@ from torch import Tensor, nn
 
 from gradlite.ops.attention import attention
 
-IMPLEMENTATION = "gradlite"
+_REPLACED = "sdpa"
 HOLDER = "gradlite_holder"
 FRUGAL = "gradlite_is_frugal"
 
@@ -55,27 +59,19 @@ def _held(*arguments: Any) -> Tensor:
 
 
 def register() -> None:
-    """Makes the implementation known to transformers, with the masks of its ``sdpa``."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+    """Makes transformers call :func:`_forward` where it would call its function for ``sdpa``."""
+    from transformers import AttentionInterface
 
-    AttentionInterface.register(IMPLEMENTATION, _forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+    AttentionInterface.register(_REPLACED, _forward)
 
 
-def switch(model: nn.Module, to: str) -> bool:
-    """Switches every attention of a transformers model that uses ``sdpa`` (or GradLite's) to ``to``; False if there is none."""
+def asks_the_registry(model: nn.Module) -> bool:
+    """Whether it is a model of transformers whose attention layers look their function up by name."""
     if "transformers" not in sys.modules:
         return False
     from transformers import PreTrainedModel
 
-    if not isinstance(model, PreTrainedModel) or not model._can_set_attn_implementation():
-        return False
-    if model.config._attn_implementation not in ("sdpa", IMPLEMENTATION):
-        return False
-    register()
-    model.set_attn_implementation(to)
-    return bool(model.config._attn_implementation == to)
+    return isinstance(model, PreTrainedModel) and bool(model._can_set_attn_implementation())
 
 
 def drops_out(module: nn.Module) -> bool:
@@ -89,5 +85,7 @@ def drops_out(module: nn.Module) -> bool:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module calls the registry: transformers' attention layers are named so and carry these marks."""
-    return type(module).__name__.endswith("Attention") and hasattr(module, "config") and hasattr(module, "is_causal")
+    """Whether a module calls the registry for ``sdpa``: transformers' attention layers are named so and carry these marks."""
+    if not (type(module).__name__.endswith("Attention") and hasattr(module, "config") and hasattr(module, "is_causal")):
+        return False
+    return getattr(module.config, "_attn_implementation", None) == _REPLACED

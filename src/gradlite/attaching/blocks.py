@@ -35,6 +35,7 @@ class _Boundary:
         self._hidden: Tensor | None = hidden
         self._source = source  # makes the tensor anew, in the place of leaves
         self._holder = holder
+        self._is_coded = hidden.is_floating_point()  # not token ids
         self._shape, self._dtype, self._needs_grad = hidden.shape, hidden.dtype, hidden.requires_grad
         self._leaves: tuple[Tensor, ...] = ()
         self._versions: list[int] = []
@@ -48,7 +49,8 @@ class _Boundary:
             return
         with torch.no_grad():
             rows = self._hidden.reshape(-1, self._shape[-1])
-            self._leaves = tuple(leaf.detach() for leaf in self._holder.encode(rows))
+            leaves = self._holder.encode(rows) if self._is_coded else (rows,)
+            self._leaves = tuple(leaf.detach() for leaf in leaves)
         self._versions = [leaf._version for leaf in self._leaves]
         self._hidden = None
 
@@ -63,7 +65,8 @@ class _Boundary:
                 "train this model with hold='exact'."
             )
         with torch.no_grad():
-            hidden = self._holder.decode(self._leaves, self._shape[-1], self._dtype).view(self._shape)
+            rows = self._holder.decode(self._leaves, self._shape[-1], self._dtype) if self._is_coded else self._leaves[0]
+            hidden = rows.view(self._shape)
         return hidden.requires_grad_(self._needs_grad)
 
 

@@ -11,7 +11,7 @@ from gradlite.attaching import attention
 from gradlite.attaching.blocks import named_blocks
 from gradlite.attaching.causal_lm import can_tile_loss
 from gradlite.attaching.holding import HoldPlan, Mode
-from gradlite.attaching.recognise import activation_kind, gated_layout, norm_kind
+from gradlite.attaching.recognise import activation_kind, gated_layout, is_tried, norm_kind
 from gradlite.attaching.twins import become_itself, become_recognised
 from gradlite.hold.holder import Holder
 from gradlite.hold.host import Host
@@ -40,7 +40,6 @@ class Operators:
         self.plan = hold
         self.noise = Noise(seed)
         self.found: list[Operator] = []
-        self.attention_switched = False
         self._shelf = Shelf()
         self._host = Host()
         self._mapped = MappedFile()
@@ -48,7 +47,7 @@ class Operators:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self.attention_switched:  # by another process, maybe
+        if any(operator.role == "attention" for operator in self.found):  # registered by another process, maybe
             attention.register()
 
     def holder(self, mode: Mode, is_boundary: bool = False) -> Holder:
@@ -71,13 +70,16 @@ def recognise(model: nn.Module, operators: Operators, experts: Mapping[int, Acti
 
     ``experts``: by the module's id, those whose weights are trained in coordinates.
     """
-    like = next(iter(model.parameters()))
+    like = next((parameter for parameter in model.parameters() if is_tried(parameter)), None)
+    if like is None:
+        return
     with torch.random.fork_rng([like.device] if like.is_cuda else []):
         _recognise(model, operators, like, experts)
 
 
 def _recognise(model: nn.Module, operators: Operators, like: Tensor, experts: Mapping[int, ActivationKind]) -> None:
     taken: set[int] = set()
+    asks = attention.asks_the_registry(model)
 
     def note(name: str, role: str, module: nn.Module, kind: object) -> None:
         taken.add(id(module))
@@ -100,7 +102,7 @@ def _recognise(model: nn.Module, operators: Operators, like: Tensor, experts: Ma
         if layout is not None:
             note(name, "gated", module, layout)
             taken.update(id(part) for part in module.children() if not isinstance(part, nn.Linear))
-        elif attention.is_attention(module) and not attention.drops_out(module):
+        elif asks and attention.is_attention(module) and not attention.drops_out(module):
             note(name, "attention", module, None)
     for name, module in model.named_modules():
         if id(module) in taken:
@@ -113,11 +115,10 @@ def _recognise(model: nn.Module, operators: Operators, like: Tensor, experts: Ma
             note(name, "activation", module, activation)
 
 
-def take_over(model: nn.Module, operators: Operators) -> None:
+def take_over(operators: Operators) -> None:
     """Turns what was found into twins."""
-    operators.attention_switched = attention.switch(model, attention.IMPLEMENTATION)
-    if not operators.attention_switched:
-        operators.found = [operator for operator in operators.found if operator.role != "attention"]
+    if any(operator.role == "attention" for operator in operators.found):
+        attention.register()
     for operator in operators.found:
         if operator.role == "experts":  # become twins with coordinates
             continue
@@ -128,9 +129,7 @@ def take_over(model: nn.Module, operators: Operators) -> None:
             become_recognised(operator.module, operator.role, operator.kind, holder)
 
 
-def give_back(model: nn.Module, operators: Operators) -> None:
+def give_back(operators: Operators) -> None:
     """Undoes :func:`take_over`."""
     for operator in operators.found:
         become_itself(operator.module)
-    if operators.attention_switched:
-        attention.switch(model, "sdpa")

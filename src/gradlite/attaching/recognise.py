@@ -5,7 +5,8 @@ not recognised keeps its own code and its own way of waiting for backward.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import get_args
 
@@ -36,11 +37,42 @@ def _error(own: Callable[[Tensor], Tensor], twin: Callable[[Tensor], Tensor], x:
     return float((wide(expected) - wide(found)).abs().max() / scale)
 
 
+def is_tried(like: Tensor) -> bool:
+    """Whether modules whose weights are such tensors can be tried: numbers of a format that PyTorch computes in."""
+    return not like.is_meta and like.dtype in _TOLERANCE
+
+
 def _rows(width: int, like: Tensor) -> Tensor | None:
-    if like.is_meta or not like.is_floating_point():
+    if not is_tried(like):
         return None
     generator = torch.Generator().manual_seed(0)
     return (2.0 * torch.randn(_ROWS, width, generator=generator) + 0.5).to(device=like.device, dtype=like.dtype)
+
+
+@contextmanager
+def _with_other_values(parameters: Iterable[nn.Parameter | None], only_zeros: bool) -> Iterator[None]:
+    """Random numbers in the parameters for a moment: with zeros or ones in them many formulas give the same.
+
+    ``only_zeros``: matrices are left alone unless all of them is zero, as before training.
+    """
+    own = [(one, one.data) for one in parameters if one is not None and not (only_zeros and bool(one.any()))]
+    generator = torch.Generator().manual_seed(1)
+    try:
+        for parameter, data in own:
+            width = data.shape[-1]
+            spread, middle = (width**-0.5, 0.0) if data.dim() > 1 else (0.5, 1.0)
+            values = middle + spread * torch.randn(data.shape, generator=generator)
+            parameter.data = values.to(device=data.device, dtype=data.dtype)
+        yield
+    finally:
+        for parameter, data in own:
+            parameter.data = data
+
+
+def _far_out(x: Tensor, inner: Tensor) -> Tensor:
+    """Rows that make ``inner``, which a layer makes of ``x``, as large as a thousand: some models clip it."""
+    reach = 100.0 if x.dtype == torch.float16 else 1000.0
+    return x * (reach / inner.abs().max().clamp_min(1e-3)).to(x.dtype)
 
 
 def norm_kind(module: nn.Module, like: Tensor) -> NormKind | None:
@@ -72,13 +104,14 @@ def norm_kind(module: nn.Module, like: Tensor) -> NormKind | None:
         dataclasses.replace(plain, plus_one=True, scale_first=True),
         dataclasses.replace(plain, centred=True),
     ]
-    errors = [_error(module.forward, partial(norm_value, weight_N=weight, bias_N=bias, kind=kind), x) for kind in kinds]
-    best = min(range(len(kinds)), key=lambda place: errors[place])
-    if errors[best] > _TOLERANCE[x.dtype]:
-        return None
-    twin = partial(norm_value, weight_N=weight, bias_N=bias, kind=kinds[best])
-    in_rows = x[None].expand(2, -1, -1)  # where a group norm mixes what lies between batch and width
-    return kinds[best] if _error(module.forward, twin, in_rows) <= _TOLERANCE[x.dtype] else None
+    with _with_other_values([weight, bias], only_zeros=False):
+        errors = [_error(module.forward, partial(norm_value, weight_N=weight, bias_N=bias, kind=kind), x) for kind in kinds]
+        best = min(range(len(kinds)), key=lambda place: errors[place])
+        if errors[best] > _TOLERANCE[x.dtype]:
+            return None
+        twin = partial(norm_value, weight_N=weight, bias_N=bias, kind=kinds[best])
+        in_rows = x[None].expand(2, -1, -1)  # where a group norm mixes what lies between batch and width
+        return kinds[best] if _error(module.forward, twin, in_rows) <= _TOLERANCE[x.dtype] else None
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -98,15 +131,16 @@ def is_linear(module: nn.Module) -> bool:
 
 def activation_kind(module: nn.Module, like: Tensor) -> ActivationKind | None:
     """The activation that ``module`` computes element by element, or None."""
-    if any(True for _ in module.children()) or module._parameters or module._buffers or like.is_meta:
+    if any(True for _ in module.children()) or module._parameters or module._buffers or not is_tried(like):
         return None
     near = torch.linspace(-6.0, 6.0, 97).to(device=like.device, dtype=like.dtype)[None]
     far = near.new_tensor([[-100.0, -30.0, -10.0, 10.0, 30.0, 100.0]])  # where clipped ones differ
+    errors: dict[ActivationKind, float] = {}
     for kind in get_args(ActivationKind):
         twin = partial(activation_value, kind=kind)
-        if all(_error(module.forward, twin, x) <= _TOLERANCE[x.dtype] / 8 for x in (near, far)):
-            return kind
-    return None
+        errors[kind] = max(_error(module.forward, twin, x) for x in (near, far))
+    best = min(errors, key=lambda kind: errors[kind])
+    return best if errors[best] <= _TOLERANCE[near.dtype] / 8 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,9 +161,17 @@ def _is_linear(part: nn.Module | None) -> bool:
     return isinstance(part, nn.Linear) or isinstance(getattr(part, "base_layer", None), nn.Linear)
 
 
+def _own_weight(layer: nn.Module) -> nn.Parameter | None:
+    """The weight of a linear layer, or of the one inside an adapter; None where it is not numbers as any other (quantised)."""
+    weight = getattr(layer, "base_layer", layer)._parameters.get("weight")
+    return weight if type(weight) is nn.Parameter and is_tried(weight) else None
+
+
 def gated_layout(module: nn.Module, like: Tensor) -> GatedLayout | None:
     """The parts of a gated MLP ``down(act(gate(x)) · up(x))``, or None."""
     parts = dict(module.named_children())
+    if module._parameters or module._buffers:  # whose gradient a twin would not make
+        return None
     for gate, up, down in _LAYOUTS:
         names = [name for name in (gate, up, down) if name is not None]
         if not all(_is_linear(parts.get(name)) for name in names):
@@ -142,8 +184,11 @@ def gated_layout(module: nn.Module, like: Tensor) -> GatedLayout | None:
         layout = GatedLayout(kinds[0], gate, up, down)
         twin = partial(gated_forward, module, layout)
         was_training, errors = module.training, []
-        for module.training in (False, True):  # a module may drop by a number of its own in training
-            errors.append(_error(module.forward, twin, x))
+        with _with_other_values([_own_weight(parts[name]) for name in names], only_zeros=True):
+            with torch.no_grad():
+                far = _far_out(x, parts[gate](x))
+            for module.training in (False, True):  # a module may drop by a number of its own in training
+                errors += [_error(module.forward, twin, rows) for rows in (x, far)]
         module.training = was_training
         if max(errors) <= _TOLERANCE[x.dtype]:
             return layout
@@ -190,7 +235,9 @@ def experts_kind(module: nn.Module) -> ActivationKind | None:
         return experts_value(rows, index, scale, gate_up, down, kind)
 
     was_training, errors = module.training, []
-    for module.training in (False, True):
-        errors += [_error(own, twin, rows) for rows in (x, 30.0 * x)]  # far out, where some models clip
+    with _with_other_values([gate_up, down], only_zeros=True):
+        far = _far_out(x, x @ gate_up[0].detach().T)
+        for module.training in (False, True):
+            errors += [_error(own, twin, rows) for rows in (x, far)]
     module.training = was_training
     return kind if max(errors) <= _TOLERANCE[x.dtype] else None

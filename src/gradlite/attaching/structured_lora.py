@@ -86,7 +86,7 @@ def structured_lora(
     bases = _bases_for_four_bits(model) if base == "int4" else []
     operators.plan.check_used([each for each, _ in layers], [block for block, _ in named_blocks(model)])
     structured = StructuredLora(operators)
-    take_over(model, operators)
+    take_over(operators)
     for operator in operators.found:
         if operator.role == "attention":  # at the peak every other tensor is small
             setattr(operator.module, FRUGAL, True)
@@ -122,7 +122,7 @@ def undo_structured_lora(peft_model: Model) -> Model:
     model.__dict__.pop("save_pretrained", None)
     for layer in structured.layers:
         become_itself(layer)
-    give_back(model, structured.operators)
+    give_back(structured.operators)
     for module in structured.marked:
         object.__delattr__(module, _ATTRIBUTE)
     return peft_model

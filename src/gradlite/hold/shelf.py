@@ -15,14 +15,24 @@ class _Entry:
         self.key = _key(x)
         self.held = held
         self.dtype = dtype
+        self.hooks = _hooks()
 
 
 def _key(x: Tensor) -> tuple[object, ...]:
     return x.storage_offset(), x.numel(), x.dtype, x._version
 
 
+def _hooks() -> object:
+    """What looks at the tensors that are being saved now: checkpointing, or offloading by the user."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
 class Shelf:
-    """Remembers what is held for tensors that are still alive, by their storage: a reshaped view is the same tensor."""
+    """Remembers what is held for tensors that are still alive, by their storage: a reshaped view is the same tensor.
+
+    Only for those who save under the same hooks: what was held outside of a checkpointed part would not be found when that
+    part runs again, and it would save other tensors than the first time.
+    """
 
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
@@ -44,9 +54,14 @@ class Shelf:
         """What is held for ``x``, or None. ``dtype``: that the asker wants, if not any."""
         if not x.is_contiguous():
             return None
-        storage, key = None, _key(x)
+        storage, key, hooks = None, _key(x), _hooks()
         for entry in reversed(self._entries):
-            if entry.key == key and (dtype is None or entry.dtype in (None, dtype)) and not entry.storage.expired():
+            if (
+                entry.key == key
+                and entry.hooks == hooks
+                and (dtype is None or entry.dtype in (None, dtype))
+                and not entry.storage.expired()
+            ):
                 storage = storage or StorageWeakRef(x.untyped_storage())
                 if entry.storage == storage:
                     return entry.held

@@ -2,12 +2,13 @@
 
 import difflib
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any, Never
 
 from torch import Tensor, nn
 
-from gradlite.attaching import Coverage, attach, attachment_of, check_unchanged
+from gradlite.attaching import Coverage, attach, attachment_of, check_unchanged, detach
 from gradlite.attaching.attachment import unwrapped
 from gradlite.attaching.holding import Hold
 from gradlite.attaching.patterns import matches, names_by_parameter
@@ -111,8 +112,13 @@ class GradLite(SubspaceAdamW):
         self._attachment = attachment
         self._model = model
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        try:
+            param_groups = _param_groups(model, self.coverage, attachment.projected, attachment.window, defaults, groups)
+        except GradLiteError:
+            detach(model)  # or whichever optimizer is built next would see no gradients of what is projected
+            raise
         super().__init__(
-            _param_groups(model, self.coverage, attachment.projected, attachment.window, defaults, groups),
+            param_groups,
             attachment.window,
             [weight for _, weight in attachment.projected],
             feedback=feedback,
@@ -133,6 +139,8 @@ class GradLite(SubspaceAdamW):
             params = param_group["params"]
             param_group = {**param_group, "params": [params] if isinstance(params, Tensor) else list(params)}
             self._check_trainable(param_group["params"])
+            if all(parameter.dim() < 2 for parameter in param_group["params"]):
+                param_group.setdefault("weight_decay", 0.0)
         super().add_param_group(param_group)
 
     def _check_trainable(self, params: Sequence[Tensor]) -> None:
@@ -199,23 +207,30 @@ def _unknown_keyword(word: str) -> str:
     return f"unknown keyword {word!r}; {hint}"
 
 
-def _check_numbers(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, refresh_interval: int) -> None:
-    ranges: list[tuple[str, float, bool, str]] = [
-        ("lr", lr, float(lr) >= 0.0, "at least 0"),
-        ("betas[0]", betas[0], 0.0 <= betas[0] < 1.0, "in [0, 1)"),
-        ("betas[1]", betas[1], 0.0 <= betas[1] < 1.0, "in [0, 1)"),
-        ("eps", eps, eps > 0.0, "above 0"),
-        ("weight_decay", weight_decay, weight_decay >= 0.0, "at least 0"),
+def _check_numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any, refresh_interval: Any = 1, where: str = "") -> None:
+    pair = tuple(betas) if isinstance(betas, (tuple, list)) else ()
+    ranges: list[tuple[str, object, bool, str]] = [
+        ("lr", lr, _is_number(lr) and lr >= 0.0, "a finite number, at least 0"),
+        ("betas", betas, len(pair) == 2 and all(_is_number(one) and 0.0 <= one < 1.0 for one in pair), "two numbers in [0, 1)"),
+        ("eps", eps, _is_number(eps) and eps > 0.0, "a finite number above 0"),
+        ("weight_decay", weight_decay, _is_number(weight_decay) and weight_decay >= 0.0, "a finite number, at least 0"),
         (
             "refresh_interval",
             refresh_interval,
-            isinstance(refresh_interval, int) and refresh_interval >= 1,
+            type(refresh_interval) is int and refresh_interval >= 1,
             "a whole number from 1",
         ),
     ]
     for name, value, valid, wanted in ranges:
         if not valid:
-            raise GradLiteError(f"{name} must be {wanted}, not {value}.")
+            raise GradLiteError(f"{name}{where} must be {wanted}, not {value!r}.")
+
+
+def _is_number(value: object) -> bool:
+    """A tensor of one number counts: torch allows one as a learning rate."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and bool(value.isfinite())
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _param_groups(
@@ -249,6 +264,7 @@ def _param_groups(
         unknown = set(settings) - set(defaults)
         if unknown:
             raise GradLiteError(f"unknown setting {min(unknown)!r} in a group; known: {', '.join(defaults)}.")
+        _check_numbers(**{**defaults, **settings}, where=f" in the group {patterns!r}")
         vectors = [] if "weight_decay" in settings else [name for name in names if name in plain and own[name].dim() < 2]
         others = [name for name in names if name not in vectors]
         if others:

@@ -16,6 +16,7 @@ from gradlite.hold.compiled import kernel
 from gradlite.hold.holder import Holder
 from gradlite.hold.ticket import Held
 from gradlite.ops.precision import wide
+from gradlite.ops.rows import in_shape_of
 
 ActivationKind = Literal["silu", "gelu", "gelu_tanh", "relu"]
 _SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
@@ -79,7 +80,7 @@ class _Activation(torch.autograd.Function):
         leaves = holder.place.put(leaves)
         ctx.save_for_backward(*leaves)
         ctx.kind, ctx.codec, ctx.place = kind, codec, holder.place
-        y: Tensor = y_TN.view(x.shape)
+        y = in_shape_of(x, y_TN)
         holder.shelf.offer(y, Held(holder.ticket(kernel(_rebuild, kind, codec, x.dtype)), leaves))
         return y
 

@@ -204,13 +204,15 @@ def _blocks_pay(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_lossy: 
 def _flash_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> bool:
     if not q.shape[-1] == k.shape[-1] == v.shape[-1]:
         return False
+    if any(one.stride(-1) != 1 for one in (q, k, v)):  # the kernels themselves read on as if it were
+        return False
     if q.is_cuda:
         if is_causal and q.shape[2] != k.shape[2]:  # its triangle ends at the last key, PyTorch's at the first
             return False
         if torch.cuda.get_device_capability(q.device) < (8, 0):  # PyTorch's flash kernels begin with Ampere
             return False
         return mask is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256 and q.shape[-1] % 8 == 0
-    return q.device.type == "cpu"
+    return q.device.type == "cpu" and (mask is None or mask.dim() in (2, 4))
 
 
 def attention(

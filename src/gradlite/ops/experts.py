@@ -24,6 +24,7 @@ from gradlite.ops.factors import row_norms
 from gradlite.ops.gated_mlp import gated, gated_value
 from gradlite.ops.keep import Keep, Kept
 from gradlite.ops.linear import Absorb
+from gradlite.ops.precision import wide
 
 
 class Routing(NamedTuple):
@@ -155,7 +156,9 @@ class _Scatter(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             grad_coordinates = ctx.absorb(ExpertFactors(grad_PM * scale_P1, h_PN, ctx.counts))
         unscaled_PN = _grouped_back(grad_PM, weight_EMN, ctx.counts)
-        grad_scale = (unscaled_PN * h_PN).sum(1, dtype=scale_P.dtype) if ctx.needs_input_grad[1] else None
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            grad_scale = wide(unscaled_PN * h_PN).sum(1).to(scale_P.dtype)
         return unscaled_PN * scale_P1, grad_scale, None, grad_coordinates, None, None, None, None
 
 

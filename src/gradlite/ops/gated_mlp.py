@@ -15,6 +15,7 @@ from gradlite.hold.holder import Holder
 from gradlite.hold.ticket import Held
 from gradlite.ops.activation import ActivationKind, activate, derivative
 from gradlite.ops.precision import wide
+from gradlite.ops.rows import in_shape_of
 
 
 def gated_bytes(codec: Codec, num_tokens: int, width: int, itemsize: int) -> int:
@@ -63,7 +64,7 @@ class _Gated(torch.autograd.Function):
         leaves = holder.place.put(leaves)
         ctx.save_for_backward(*leaves)
         ctx.kind, ctx.codec, ctx.place = kind, codec, holder.place
-        h: Tensor = h_TN.view(gate.shape)
+        h = in_shape_of(gate, h_TN)
         holder.shelf.offer(h, Held(holder.ticket(kernel(_rebuild, kind, codec, h.dtype)), leaves))
         return h
 

@@ -19,6 +19,7 @@ from gradlite.hold.codec import Codec
 from gradlite.hold.holder import Holder
 from gradlite.ops.factors import DenseFactors, GradientFactors
 from gradlite.ops.keep import Keep, Kept
+from gradlite.ops.rows import in_shape_of
 
 Absorb = Callable[[GradientFactors], Tensor]
 """Takes one gradient as factors, returns the coordinates' gradient (M×R) in the coordinates' dtype."""
@@ -56,7 +57,7 @@ class _Multiply(torch.autograd.Function):
         ctx: Any, x: Tensor, weight_MN: Tensor, bias_M: Tensor | None, coordinates_MR: Tensor, absorb: Absorb, kept: _Kept
     ) -> Tensor:
         ctx.absorb, ctx.kept = absorb, kept
-        return F.linear(x, weight_MN, bias_M)
+        return in_shape_of(x, F.linear(x.reshape(-1, x.shape[-1]), weight_MN, bias_M))
 
     @staticmethod
     @once_differentiable

@@ -116,8 +116,11 @@ class _TiledLoss(torch.autograd.Function):
         needs_h, needs_weight, needs_bias, needs_coordinates, *_ = ctx.needs_input_grad
         total = h_TN.new_zeros((), dtype=torch.promote_types(h_TN.dtype, torch.float32))
         grad_h_TN = torch.empty_like(h_TN) if needs_h else None
-        grad_weight = torch.zeros_like(weight_VN) if needs_weight and coordinates_VR is None else None
-        grad_bias = None if bias_V is None or not needs_bias else torch.zeros_like(bias_V)
+        wide_dtype = total.dtype  # sums over tiles in a short format lose more with every tile
+        grad_weight = None
+        if needs_weight and coordinates_VR is None:
+            grad_weight = torch.zeros_like(weight_VN, dtype=wide_dtype)
+        grad_bias = None if bias_V is None or not needs_bias else torch.zeros_like(bias_V, dtype=wide_dtype)
         cast_VN = weight_VN.to(h_TN.dtype)
         ctx.measure, ctx.absorbed = measure, None
         step = tile_tokens(len(h_TN), len(weight_VN), h_TN.device.type)
@@ -133,11 +136,15 @@ class _TiledLoss(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += gradient_tV.T @ h_tN
             if grad_bias is not None:
-                grad_bias += gradient_tV.sum(0)
+                grad_bias += gradient_tV.sum(0, dtype=wide_dtype)
             if needs_coordinates and measure is not None:
                 absorbed = measure.measure(DenseFactors(gradient_tV, h_tN))
                 ctx.absorbed = absorbed if ctx.absorbed is None else measure.join(ctx.absorbed, absorbed)
             del logits_tV, gradient_tV
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight_VN.dtype)
+        if grad_bias is not None and bias_V is not None:
+            grad_bias = grad_bias.to(bias_V.dtype)
         ctx.save_for_backward(grad_h_TN, grad_weight, grad_bias)
         return total
 
@@ -152,8 +159,10 @@ class _TiledLoss(torch.autograd.Function):
 
 
 def check_labels(labels_T: Tensor, vocabulary: int) -> None:
-    """Raises GradLiteError for a label outside the vocabulary (on a CPU; elsewhere looking would stall the device)."""
-    if labels_T.device.type == "cpu" and len(labels_T) and not 0 <= int(labels_T.min()) <= int(labels_T.max()) < vocabulary:
+    """Raises GradLiteError for a label outside the vocabulary; elsewhere than on a CPU the device asserts, without a stall."""
+    if labels_T.device.type != "cpu":
+        torch._assert_async(((labels_T >= 0) & (labels_T < vocabulary)).all())
+    elif len(labels_T) and not 0 <= int(labels_T.min()) <= int(labels_T.max()) < vocabulary:
         raise GradLiteError(
             f"labels must lie in [0, {vocabulary}), the vocabulary, but reach from {int(labels_T.min())} to "
             f"{int(labels_T.max())}; mark tokens that do not count with the ignore index (-100)."
@@ -180,7 +189,7 @@ def tiled_cross_entropy(
     Under autocast the states and the weight are cast first, as in ``F.linear``.
 
     Raises:
-        GradLiteError: a label outside the vocabulary (on a CPU; elsewhere looking would stall the device).
+        GradLiteError: a label outside the vocabulary (on a CPU; elsewhere the device asserts).
     """
     check_labels(labels_T, len(weight_VN))
     if torch.is_autocast_enabled(h_TN.device.type) and h_TN.dtype != torch.float64:

@@ -20,6 +20,7 @@ from gradlite.hold.holder import Holder
 from gradlite.hold.place import Place
 from gradlite.hold.ticket import Held, Ticket
 from gradlite.ops.precision import wide
+from gradlite.ops.rows import in_shape_of
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class _Norm(torch.autograd.Function):
         leaves = holder.place.put(leaves)
         ctx.save_for_backward(weight_N, rho_T1, *leaves)
         ctx.kind, ctx.codec, ctx.shelf, ctx.place = kind, codec, holder.shelf, holder.place
-        y: Tensor = y_TN.view(x.shape)
+        y = in_shape_of(x, y_TN)
         affine = tuple(parameter for parameter in (weight_N, bias_N) if parameter is not None)
         holder.shelf.offer(y, Held(_ticket(kind, codec, x.dtype, len(affine), holder.place), (*affine, *leaves)))
         return y

@@ -149,8 +149,13 @@ def _moments(ratio_BS: Tensor, ratio_scale_B1: Tensor, square_BS: Tensor, square
 
 
 def _coded(first_BS: Tensor, second_BS: Tensor, ratio_noise_BS: Tensor, square_noise_BS: Tensor) -> tuple[Tensor, ...]:
-    """Codes and scales of the ratio, then of the second moment."""
-    ratio_BS = first_BS / second_BS.sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    """Codes and scales of the ratio, then of the second moment.
+
+    Where the second moment has underflowed (gradients below 1e-19 or so) the ratio is nothing that the first could come back
+    from, and would set the scale of its whole block: it is zero.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    ratio_BS = torch.where(second_BS >= tiny, first_BS, 0.0) / second_BS.sqrt().clamp_min(tiny)
     return *signed_codes(ratio_BS, ratio_noise_BS), *unsigned_codes(second_BS, square_noise_BS)
 
 

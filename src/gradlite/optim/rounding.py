@@ -101,12 +101,14 @@ def dense_update_(weight: Tensor, update: Tensor, alpha: float, decay: float, no
     if weight.dtype in (torch.float32, torch.float64):
         weight.mul_(decay).add_(update, alpha=alpha)
         return
-    flat_weight, flat_update = weight.view(-1), update.reshape(-1)  # decoded moments run along columns
+    flat_weight, flat_update = weight.contiguous().view(-1), update.reshape(-1)  # decoded moments run along columns
     size = tile_of(weight.device)
     for start in range(0, flat_weight.numel(), size):
         tile = flat_weight[start : start + size]
         values = tile.float().mul_(decay).add_(flat_update[start : start + size], alpha=alpha)
         _store(tile, values, noise)
+    if not weight.is_contiguous():  # a convolution's, with its channels last
+        weight.copy_(flat_weight.view(weight.shape))
 
 
 def _store(tile: Tensor, values: Tensor, noise: NoiseTable | None) -> None:

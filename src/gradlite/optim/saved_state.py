@@ -66,11 +66,21 @@ def check_fits(window: Window, here_formats: Mapping[str, str], saved: Mapping[s
     for collector, index in zip(here, there, strict=True):
         matrix = saved["bases"][index]
         wanted = (collector.basis.width, collector.basis.rank)
+        here_double = collector.coordinates.dtype == torch.float64
+        if matrix is not None and (matrix.dtype == torch.float64) != here_double:  # whose moments have other formats
+            raise GradLiteError(
+                f"the saved optimizer trained weights in {_name(matrix.dtype)}, this one has them in "
+                f"{_name(collector.coordinates.dtype)}; load it for a model in the same format."
+            )
         if matrix is not None and tuple(matrix.shape) != wanted:
             raise GradLiteError(
                 f"the saved optimizer has a basis of width {matrix.shape[0]} and rank {matrix.shape[1]} where this "
                 f"one has width {wanted[0]} and rank {wanted[1]}; load it with the same model and rank."
             )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _restore_bases(collectors: Sequence[Collector], saved: Mapping[str, Any]) -> None:

@@ -157,7 +157,9 @@ class SubspaceAdamW(Optimizer):
 
     def _all_finite(self) -> bool:
         grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
-        return not grads or bool(torch.isfinite(torch.nn.utils.get_total_norm(grads)).item())
+        # Squares of finite float16 numbers may be infinite; the largest of them is not.
+        norm_type = torch.inf if any(grad.dtype == torch.float16 for grad in grads) else 2.0
+        return not grads or bool(torch.isfinite(torch.nn.utils.get_total_norm(grads, norm_type)).item())
 
     def _plain_step(self, param: Tensor, group: dict[str, Any], noise: NoiseTable) -> None:
         state = self.state[param]
@@ -198,9 +200,12 @@ class SubspaceAdamW(Optimizer):
         for member in steps:
             left, right = member.finish(basis.matrix_NR, new_NR, noise)
             lr = float(member.group["lr"])
-            weight_MN = self._weight_of[id(member.collector)].flatten(0, -2)  # stacked experts: as one matrix, not a copy
+            weight = self._weight_of[id(member.collector)]
+            weight_MN = weight.flatten(0, -2)  # stacked experts as one matrix
             decay = 1.0 - lr * member.group["weight_decay"]
             low_rank_update_(weight_MN, left, right, -lr * scale, decay, self._rounding(noise))
+            if weight_MN.data_ptr() != weight.data_ptr():  # strides of their own, of which there is no one matrix
+                weight.copy_(weight_MN.view(weight.shape))
         if new_NR is not None:
             for collector, group in idle:
                 state = self.state.get(collector.coordinates)
