@@ -19,6 +19,7 @@ from gradlite.measure.memory import peak_memory_bytes
 from gradlite.methods.method import ENERGY_EVERY
 from gradlite.train.callback import MAX_SKIPPED_IN_A_ROW, RunCallback, StepReport
 from gradlite.train.card import Result
+from gradlite.train.checkpoint import check_whole
 from gradlite.train.config import TrainConfig
 from gradlite.train.data import Data, load_data, sequences
 from gradlite.train.directory import RunDirectory, checkpoint_step
@@ -88,7 +89,7 @@ class _Run:
             if checkpoint is None:
                 raise GradLiteError(f"{str(self.directory.path)!r} is finished and has no checkpoint to go on from.")
         if checkpoint is not None:
-            _check_readable(checkpoint)
+            check_whole(checkpoint, model.state_dict())
         self._show_plan(trainer, data, tokenizer, len(train), steps)
         before = self._before(trainer, tokenizer, data, checkpoint)
         self.directory.begin(self.config, before, checkpoint)
@@ -236,15 +237,6 @@ class _Run:
     def _record_evaluation(self, step: int, loss: float) -> None:
         self.directory.append_metrics({"step": step, "eval_loss": loss, "seconds": self._clock()})
         self.progress.show_evaluation(step, loss)
-
-
-def _check_readable(checkpoint: Path) -> None:
-    try:
-        torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file raises whatever its reader stumbles over
-        raise GradLiteError(
-            f"checkpoint {str(checkpoint)!r} is damaged (optimizer.pt cannot be read); delete it to resume from the one before."
-        ) from error
 
 
 def _check_vocabulary(model: PreTrainedModel, data: Data, config: TrainConfig) -> None:
