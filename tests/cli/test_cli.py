@@ -189,6 +189,14 @@ def test_a_path_that_cannot_be_used_is_named(gradlite: CommandLine) -> None:
     )
 
 
+def test_a_full_disk_is_told_where_no_file_is_named(gradlite: CommandLine) -> None:
+    result = gradlite("train", raises=OSError(28, "No space left on device"))
+    assert result.code == 2
+    assert result.err == (
+        "error: a file could not be written: No space left on device; make room on the disk, or write to another.\n"
+    )
+
+
 def test_an_interrupted_run_says_how_to_go_on(gradlite: CommandLine) -> None:
     result = gradlite("train", raises=KeyboardInterrupt())
     assert result.code == 130
