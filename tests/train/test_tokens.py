@@ -8,7 +8,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from gradlite.train.formats import Conversation, Pair, Text, parse
+from gradlite.train.formats import Conversation, Example, Pair, Text, parse
 from gradlite.train.models import embedded_file
 from gradlite.train.preview import preview
 from gradlite.train.sources import load_source
@@ -152,7 +152,7 @@ def test_a_cut_leaves_the_beginning_of_the_answer_or_drops_the_example(tokenizer
 
 def test_cut_cut_off_and_unanswered_are_counted_apart(tokenizer: PreTrainedTokenizerBase) -> None:
     lost = turns(("user", "a"), ("assistant", "x=>b"), ("user", "c"))  # its only answer is rewritten
-    examples = [
+    examples: list[Example] = [
         Conversation(lost),
         Conversation((*lost[:2], {"role": "user", "content": "long " * 40})),
         Pair("q", "long " * 40, ""),

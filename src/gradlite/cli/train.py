@@ -26,10 +26,10 @@ def train(
     """
     refuse_leftovers(context.args)
     settings = TrainConfig.from_sources(config, given(flags))
-    from gradlite.train.run import run  # brings torch and transformers, which --help must not wait for
-
     try:
         with ending_interrupts():
+            from gradlite.train.run import run  # brings torch and transformers, which --help must not wait for
+
             run(settings)
     except KeyboardInterrupt:
         how = "--resume in place of --overwrite" if settings.overwrite else "--resume"
