@@ -1,5 +1,6 @@
 """The command line: flags are the config's keys, --help is whole and light, a mistake is one sentence, exit code 2."""
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,13 +32,15 @@ CommandLine = Callable[..., Run]
 
 @pytest.fixture
 def gradlite(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    """Call the command line with a training run that only records its config (or raises what it is told to)."""
+    """Call the command line with a training run that only records its config (or raises or sends what it is told to)."""
 
-    def call(*arguments: str, raises: BaseException | None = None) -> Run:
+    def call(*arguments: str, raises: BaseException | None = None, sends: signal.Signals | None = None) -> Run:
         configs: list[TrainConfig] = []
 
         def run(config: TrainConfig) -> None:
             configs.append(config)
+            if sends is not None:
+                signal.raise_signal(sends)
             if raises is not None:
                 raise raises
 
@@ -189,11 +192,33 @@ def test_a_path_that_cannot_be_used_is_named(gradlite: CommandLine) -> None:
     )
 
 
+def test_a_full_disk_is_told_where_no_file_is_named(gradlite: CommandLine) -> None:
+    result = gradlite("train", raises=OSError(28, "No space left on device"))
+    assert result.code == 2
+    assert result.err == (
+        "error: a file could not be written: No space left on device; make room on the disk, or write to another.\n"
+    )
+
+
 def test_an_interrupted_run_says_how_to_go_on(gradlite: CommandLine) -> None:
     result = gradlite("train", raises=KeyboardInterrupt())
     assert result.code == 130
-    assert "--resume" in result.err
+    assert "same command with --resume goes on" in result.err
     assert "Traceback" not in result.err
+    assert "with --resume in place of --overwrite goes on" in gradlite("train", "--overwrite", raises=KeyboardInterrupt()).err
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_asked_to_end_says_how_to_go_on(gradlite: CommandLine, ending: signal.Signals) -> None:
+    before = signal.signal(ending, signal.SIG_DFL)
+    try:
+        result = gradlite("train", sends=ending)
+        assert (result.code, signal.getsignal(ending)) == (130, signal.SIG_DFL)
+        assert "--resume" in result.err
+        signal.signal(ending, signal.SIG_IGN)  # as nohup does
+        assert gradlite("train", sends=ending).code == 0
+    finally:
+        signal.signal(ending, before)
 
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

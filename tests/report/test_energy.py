@@ -35,3 +35,10 @@ def test_means_keep_gaps_and_sort_by_number() -> None:
     assert steps == [10.0, 20.0]
     assert means == pytest.approx([0.425, 0.7])
     assert energy_of(lines[:1]) is None
+
+
+def test_a_share_that_was_not_a_number_counts_as_not_measured() -> None:
+    found = energy_of([{"step": 10, "energy": {"h.1.a.weight": None, "h.2.a.weight": 0.5}}])
+    assert found is not None
+    assert (found.layers, found.inside) == (["layer 2"], [[0.5]])
+    assert energy_of([{"step": 10, "energy": {"h.1.a.weight": None}}]) is None

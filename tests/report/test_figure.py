@@ -6,8 +6,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from gradlite.report.charts import Bar, Line, Point, heat_map, lines, memory_bars, running_mean, scatter
+from gradlite.report.charts import Bar, Line, Point, heat_map, lines, memory_bars, scatter
 from gradlite.report.palette import INK, LINK, MUTED, PAGE, SERIES, look
+from gradlite.train.words import running_mean
 
 
 def drawings(name: str) -> dict[str, str]:

@@ -10,6 +10,8 @@ import pytest
 from gradlite.compare.record import Energy, Record
 from gradlite.errors import GradLiteError
 from gradlite.report.page import write_report
+from gradlite.report.read import TrainedRun, read
+from gradlite.report.training import sections
 
 Make = Callable[..., Record]
 
@@ -95,6 +97,22 @@ def test_a_run_without_energy_and_seconds(run_folder: Any, page: Any) -> None:
     seen = page(write_report([folder])[0].read_text())
     assert len(seen.named("figure")) == 2
     assert "tells no seconds" in seen.text
+
+
+def test_a_run_that_only_began_is_drawn_against_its_seconds(run_folder: Any) -> None:
+    run = read([run_folder(metrics=[{"step": 0, "eval_loss": 2.0, "seconds": 0.0}], status="running")])
+    assert isinstance(run, TrainedRun)
+    losses = next(section for section in sections(run) if section.title == "Loss")
+    assert [picture.title for picture in losses.pictures] == ["Loss against steps", "Loss against seconds"]
+    assert not losses.sentences
+
+
+def test_settings_are_told_in_words(run_folder: Any) -> None:
+    folder = run_folder(metrics=[])
+    (folder / "config.yaml").write_text("a: true\nb: false\nc: null\nd: [1, x]\ne: []\nf: 0.1\n")
+    run = read([folder])
+    assert isinstance(run, TrainedRun)
+    assert [row[1] for row in sections(run)[0].folded[0].rows] == ["on", "off", "–", "1, x", "–", "0.1"]
 
 
 def test_an_empty_run_has_a_page(run_folder: Any, page: Any) -> None:

@@ -77,6 +77,18 @@ def test_a_bad_file_is_one_sentence_that_names_it(name: str, text: str | bytes, 
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("facts", [{"versions": "x"}, {"machine": ["x"]}, {"machine": {"memory_bytes": "x"}}])
+def test_facts_of_another_kind_are_named(run_folder: Any, facts: dict[str, Any]) -> None:
+    with pytest.raises(GradLiteError, match=rf"{next(iter(facts))} in .*run\.json"):
+        read([run_folder(**facts)])
+
+
+@pytest.mark.parametrize("line", [{"step": 1, "energy": {"a": "x"}}, {"energy": {"a": 0.5}}])
+def test_an_energy_of_another_kind_is_named(run_folder: Any, line: dict[str, Any]) -> None:
+    with pytest.raises(GradLiteError, match=r"energy in .*metrics\.jsonl"):
+        read([run_folder(metrics=[line])])
+
+
 def test_paths_that_hold_nothing(run_folder: Any, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()

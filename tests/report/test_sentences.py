@@ -56,3 +56,10 @@ def test_a_run_that_only_began(run_folder: Any) -> None:
     run = read([run_folder(metrics=[{"step": 0, "eval_loss": 2.0}], status="running")])
     assert isinstance(run, TrainedRun)
     assert of_run(run) == ["tiny on sums, 0 steps: not finished, as far as metrics.jsonl goes."]
+
+
+def test_skipped_steps_are_steps_too(run_folder: Any) -> None:
+    skipped = [{"step": step, "loss": None, "skipped_steps": step} for step in range(1, 5)]
+    run = read([run_folder(metrics=[{"step": 0, "eval_loss": 2.0}, *skipped])])
+    assert isinstance(run, TrainedRun)
+    assert of_run(run)[0] == "tiny on sums, 4 steps: finished."

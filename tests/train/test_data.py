@@ -237,6 +237,30 @@ def test_what_is_cut_and_dropped_is_told(write: Write, tokenizer: PreTrainedToke
     assert any("1 examples were cut" in notice for notice in data.notices)
 
 
+REWRITING = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if loop.last %}{{ message['content'] }}{% else %}{{ message['content'].split('=>')[-1] }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+)
+
+
+def test_answers_that_the_template_rewrites_are_not_said_to_be_cut(
+    write: Write, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", REWRITING)
+    turns = [("user", "a"), ("assistant", "x=>b"), ("user", "c")]
+    lost = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    good = {"messages": lost["messages"][:2]}
+    other = str(write("b.jsonl", [good]))
+    with pytest.raises(GradLiteError, match=r"template renders every answer differently .* end the conversations") as error:
+        load_data(config(write("a.jsonl", [lost, lost]), eval_dataset=other), tokenizer)
+    assert "--seq-len" not in str(error.value)
+    kept = {"messages": [{"role": "user", "content": "b"}, lost["messages"][1]]}
+    notices = load_data(config(write("a.jsonl", [lost, lost, kept]), eval_dataset=other), tokenizer).notices
+    assert any("2 examples were dropped: no token of theirs is an answer's" in notice for notice in notices)
+    assert not any("cut" in notice for notice in notices)
+
+
 def test_a_single_row_is_not_enough(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(GradLiteError, match="one row only"):
         load_data(config(write("a.jsonl", ROWS[:1])), tokenizer)

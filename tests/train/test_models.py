@@ -143,3 +143,8 @@ def test_the_embedded_model_is_dequantised_once(monkeypatch: pytest.MonkeyPatch,
     assert names[0].endswith("-bfloat16")
     load_model_and_tokenizer("smollm2", "float32")
     assert len(calls) == 2
+
+
+def test_a_home_directory_of_nobody() -> None:
+    with pytest.raises(GradLiteError, match="model '~nobody-of-that-name/x' does not exist"):
+        load_model_and_tokenizer("~nobody-of-that-name/x", "float32")

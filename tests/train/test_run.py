@@ -18,7 +18,7 @@ from gradlite.train import trainer as trainer_module
 from gradlite.train.config import TrainConfig
 from gradlite.train.data import load_data
 from gradlite.train.loss import summed_loss
-from gradlite.train.run import _check_readable, _Run
+from gradlite.train.run import _Run
 from gradlite.train.trainer import NUM_CHECKPOINTS_KEPT, GradLiteTrainer
 
 Train = Callable[..., Any]  # the fixture's function: settings → what the run left
@@ -353,12 +353,3 @@ def test_bad_input_gets_one_sentence_and_no_files(
         train(**settings)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
-    torch.save({"step": torch.arange(1000)}, tmp_path / "optimizer.pt")
-    _check_readable(tmp_path)
-    whole = (tmp_path / "optimizer.pt").read_bytes()
-    (tmp_path / "optimizer.pt").write_bytes(whole[:1000])
-    with pytest.raises(GradLiteError, match=r"damaged .*delete it"):
-        _check_readable(tmp_path)

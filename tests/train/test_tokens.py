@@ -8,7 +8,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from gradlite.train.formats import Conversation, Pair, Text, parse
+from gradlite.train.formats import Conversation, Example, Pair, Text, parse
 from gradlite.train.models import embedded_file
 from gradlite.train.preview import preview
 from gradlite.train.sources import load_source
@@ -85,20 +85,21 @@ def test_an_assistant_that_begins_is_not_trained_on(tokenizer: PreTrainedTokeniz
     assert texts(tokenizer, one(tokenizer, Conversation(messages)), trained=True) == ["d", "<|im_end|>"]
 
 
-def test_a_template_that_rewrites_earlier_turns_trains_the_last_one(tokenizer: PreTrainedTokenizerBase) -> None:
-    before = tokenizer.chat_template
-    # Like reasoning models' templates: earlier answers lose what stands before "=>".
-    tokenizer.chat_template = (
+def rewriting(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Its template is like reasoning models': earlier answers lose what stands before "=>"."""
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
         "{% if loop.last %}{{ message['content'] }}{% else %}{{ message['content'].split('=>')[-1] }}{% endif %}"
         "{{ '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    try:
-        messages = turns(("user", "a"), ("assistant", "x=>b"), ("user", "c"), ("assistant", "y=>d"))
-        tokenized = tokenize([Conversation(messages)], tokenizer, 512, "answer")
-    finally:
-        tokenizer.chat_template = before
+    return made
+
+
+def test_a_template_that_rewrites_earlier_turns_trains_the_last_one(tokenizer: PreTrainedTokenizerBase) -> None:
+    messages = turns(("user", "a"), ("assistant", "x=>b"), ("user", "c"), ("assistant", "y=>d"))
+    tokenized = tokenize([Conversation(messages)], rewriting(tokenizer), 512, "answer")
     assert tokenized.num_rewritten == 1
     assert texts(tokenizer, tokenized.kept[0], trained=True) == ["y", "=", ">", "d", "<|im_end|>"]
 
@@ -144,9 +145,22 @@ def test_a_cut_leaves_the_beginning_of_the_answer_or_drops_the_example(tokenizer
     start = len(whole.question)
     cut = tokenize([example], tokenizer, start + 2, "answer")
     assert texts(tokenizer, cut.kept[0], trained=True) == ["a", "n"]
-    assert (cut.num_cut, cut.num_dropped) == (1, 0)
+    assert (cut.num_cut, cut.num_cut_off) == (1, 0)
     dropped = tokenize([example], tokenizer, start, "answer")
-    assert (dropped.kept, dropped.num_cut, dropped.num_dropped) == ([], 1, 1)
+    assert (dropped.kept, dropped.num_cut, dropped.num_cut_off, dropped.num_unanswered) == ([], 0, 1, 0)
+
+
+def test_cut_cut_off_and_unanswered_are_counted_apart(tokenizer: PreTrainedTokenizerBase) -> None:
+    lost = turns(("user", "a"), ("assistant", "x=>b"), ("user", "c"))  # its only answer is rewritten
+    examples: list[Example] = [
+        Conversation(lost),
+        Conversation((*lost[:2], {"role": "user", "content": "long " * 40})),
+        Pair("q", "long " * 40, ""),
+        Pair("long " * 40, "a", ""),
+        Pair("q", "a", ""),
+    ]
+    done = tokenize(examples, rewriting(tokenizer), 60, "answer")
+    assert (len(done.kept), done.num_cut, done.num_cut_off, done.num_unanswered, done.num_rewritten) == (2, 1, 1, 2, 2)
 
 
 def test_labels(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,5 +1,6 @@
 """The `gradlite` command: its verbs, `--version`, and how a mistake is told (one sentence on stderr, exit code 2)."""
 
+import errno
 import io
 import sys
 from importlib.metadata import version
@@ -12,6 +13,8 @@ from gradlite.cli.flags import KEEP_UNKNOWN
 from gradlite.cli.report import report
 from gradlite.cli.train import train
 from gradlite.errors import GradLiteError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # which name no file where it was open already
 
 app = typer.Typer(invoke_without_command=True, add_completion=False, pretty_exceptions_enable=False)
 app.command(context_settings=KEEP_UNKNOWN)(train)
@@ -48,6 +51,8 @@ def main() -> None:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         _tell(message)
     except OSError as error:
+        if error.errno in _FULL:
+            _tell(f"a file could not be written: {error.strerror}; make room on the disk, or write to another.")
         if error.filename is None:
             raise
         _tell(f"{str(error.filename)!r} cannot be used: {error.strerror}; give another path, or the rights to it.")

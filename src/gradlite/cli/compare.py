@@ -1,7 +1,6 @@
 """`gradlite compare`: a preset or an experiment file, and flags that override it → one record a run, tables and figures."""
 
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from gradlite.cli.interrupt import ending_interrupts
 from gradlite.compare.experiment import Experiment, all_tables, choose_experiments, load_experiment, restrict
 from gradlite.errors import GradLiteError
 from gradlite.methods import unknown
@@ -104,10 +104,9 @@ def _run(chosen: list[Experiment], everything: list[Experiment], directory: Path
     from gradlite.compare.runner import Runner
 
     runner = Runner(directory, _command(), console, lambda records: write_tables(directory, everything, records), retry_failed)
-    for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the run's process must not go on alone
-        signal.signal(ending, _interrupt)
     try:
-        runner.run(chosen)
+        with ending_interrupts():  # or the run's process would go on alone
+            runner.run(chosen)
     except KeyboardInterrupt:
         typer.echo(f"stopped: the same command goes on with the runs that have no record in {directory}.", err=True)
         raise typer.Exit(130) from None
@@ -115,10 +114,6 @@ def _run(chosen: list[Experiment], everything: list[Experiment], directory: Path
     for path in draw_figures(directory, chosen, runner.records):
         console.print(f"drawn {path}")
     console.print(f"records, tables and figures are in {directory}")
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _check_methods(chosen: list[Experiment]) -> None:

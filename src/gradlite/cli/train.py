@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from gradlite.cli.flags import given, refuse_leftovers, with_config_flags
+from gradlite.cli.interrupt import ending_interrupts
 from gradlite.train.config import TrainConfig
 
 
@@ -25,13 +26,15 @@ def train(
     """
     refuse_leftovers(context.args)
     settings = TrainConfig.from_sources(config, given(flags))
-    from gradlite.train.run import run  # brings torch and transformers, which --help must not wait for
-
     try:
-        run(settings)
+        with ending_interrupts():
+            from gradlite.train.run import run  # brings torch and transformers, which --help must not wait for
+
+            run(settings)
     except KeyboardInterrupt:
+        how = "--resume in place of --overwrite" if settings.overwrite else "--resume"
         typer.echo(
-            f"stopped: the same command with --resume goes on from the last checkpoint in {settings.run_dir}"
+            f"stopped: the same command with {how} goes on from the last checkpoint in {settings.run_dir}"
             " (--save-every says how often one is written).",
             err=True,
         )

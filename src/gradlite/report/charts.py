@@ -163,11 +163,6 @@ def heat_map(
         return inline_svg(figure, prefix, description)
 
 
-def running_mean(values: Sequence[float], window: int) -> list[float]:
-    """The mean of each value and up to ``window − 1`` before it."""
-    return [sum(values[max(0, end - window) : end]) / min(end, window) for end in range(1, len(values) + 1)]
-
-
 def _name_points(figure: Any, axes: Any, points: Sequence[Point], size: float) -> None:
     """Names beside their points where one of four places is free; the legend and the tooltips have them all."""
     figure.draw_without_rendering()

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from gradlite.compare.record import Record
-from gradlite.report.charts import Bar, Line, Point, heat_map, lines, memory_bars, running_mean, scatter
+from gradlite.report.charts import Bar, Line, Point, heat_map, lines, memory_bars, scatter
 from gradlite.report.energy import mean_line
 from gradlite.report.palette import CATEGORIES, Look, look
 from gradlite.report.provenance import of_records
@@ -13,6 +13,7 @@ from gradlite.report.section import Picture, Section, area_keys, line_key
 from gradlite.report.sentences import of_group
 from gradlite.report.tables import experiment_tables, folded_tables, table_number
 from gradlite.report.words import in_loss, in_memory
+from gradlite.train.words import running_mean
 
 _SMOOTHED = 10
 _CURVES_FROM = 20

@@ -9,8 +9,11 @@ from gradlite.compare.record import Energy
 
 
 def energy_of(metrics: Sequence[Mapping[str, Any]]) -> Energy | None:
-    """Means over layers from lines of metrics.jsonl, some with ``energy``: shares by the weights' names."""
-    return layer_means([(line["step"], line["energy"]) for line in metrics if isinstance(line.get("energy"), Mapping)])
+    """Means over layers from lines of metrics.jsonl, some with ``energy``: shares by the weights' names, None for a NaN."""
+    measured = [(line["step"], line["energy"]) for line in metrics if isinstance(line.get("energy"), Mapping)]
+    return layer_means(
+        [(step, {name: share for name, share in shares.items() if share is not None}) for step, shares in measured]
+    )
 
 
 def mean_line(energy: Energy) -> tuple[list[float], list[float]]:

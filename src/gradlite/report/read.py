@@ -81,6 +81,14 @@ def _read_run(folder: Path) -> TrainedRun:
     metrics = [_json(folder / _METRICS, line) for line in lines if line.endswith("\n")]
     if not isinstance(result, dict) or not all(isinstance(line, dict) for line in metrics):
         raise GradLiteError(f"{folder} is not the directory of a GradLite run; its {_RUN} or {_METRICS} holds something else.")
+    for key in ("versions", "machine"):
+        if not _is_facts(result.get(key) or {}):
+            raise GradLiteError(f"{key} in {folder / _RUN} is no mapping from a name to what it says; make the run anew.")
+    for line in metrics:
+        if isinstance(line.get("energy"), dict) and not _is_energy(line):
+            raise GradLiteError(
+                f"energy in {folder / _METRICS} is no mapping from a weight to its share at a step; make the run anew."
+            )
     return TrainedRun(folder.resolve().name, result, config, metrics)
 
 
@@ -109,6 +117,18 @@ def _record(place: str, entry: Any) -> Record:
 def _is_record(entry: Any) -> bool:
     """The theorem's experiments have records of their own, with tables and a plot beside them."""
     return isinstance(entry, dict) and "record_version" in entry and entry.get("experiment") != "theorem"
+
+
+def _is_facts(value: Any) -> bool:
+    """Names and what they say: numbers for bytes, anything else for the rest."""
+    if not isinstance(value, dict):
+        return False
+    return all(said is None or _is_number(said) for name, said in value.items() if name.endswith("_bytes"))
+
+
+def _is_energy(line: dict[str, Any]) -> bool:
+    """Shares at a step; null is how a run writes a share that was NaN."""
+    return isinstance(line.get("step"), int) and all(share is None or _is_number(share) for share in line["energy"].values())
 
 
 def _is_number(value: Any) -> bool:

@@ -20,7 +20,7 @@ def of_run(run: TrainedRun) -> list[str]:
     """How far the run came, its losses, memory and speed, and the gradient's energy at the end."""
     result, config = run.result, run.config
     finished = result.get("status") == "finished"
-    steps, _ = run.series("loss")
+    steps, _ = run.series("step")  # a skipped step has a line, but no loss
     said = []
     if config:
         work = f"{config.get('model')} on {config.get('dataset')}"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradlite.report.charts import Line, heat_map, lines, running_mean
+from gradlite.report.charts import Line, heat_map, lines
 from gradlite.report.energy import energy_of, mean_line
 from gradlite.report.palette import look
 from gradlite.report.provenance import of_run
@@ -12,7 +12,7 @@ from gradlite.report.section import Key, Picture, Section, line_key
 from gradlite.report.sentences import of_run as sentences_of_run
 from gradlite.report.tables import Table
 from gradlite.report.words import NOTHING, in_loss, in_memory
-from gradlite.train.words import in_time
+from gradlite.train.words import in_time, running_mean
 
 _SMOOTHED = 20
 _STEP, _MEAN, _HELD_OUT = look(6), look(0), look(1)
@@ -60,19 +60,14 @@ def _settings(config: Mapping[str, Any]) -> Table:
 def _setting(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or NOTHING
-    return (
-        {True: "on", False: "off", None: NOTHING}.get(value, str(value))
-        if value is None or isinstance(value, bool)
-        else str(value)
-    )
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return NOTHING if value is None else str(value)
 
 
 def _time_is_missing(run: TrainedRun) -> list[str]:
-    return (
-        []
-        if run.series("loss", "seconds")[0]
-        else ["This run's metrics.jsonl tells no seconds, so nothing is drawn against them."]
-    )
+    drawn = any(run.series(key, "seconds")[0] for key in ("loss", "eval_loss"))
+    return [] if drawn else ["This run's metrics.jsonl tells no seconds, so nothing is drawn against them."]
 
 
 def _loss_legend() -> list[Key]:

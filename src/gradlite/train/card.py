@@ -85,12 +85,17 @@ def _base_model(name: str) -> dict[str, str]:
     """What the hub links the card to: it knows hub ids, and refuses a card with a path of this machine in it."""
     if name == DEFAULT_MODEL:
         return {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-    return {} if Path(name).exists() else {"base_model": name}
+    return {} if _lies_here(name) else {"base_model": name}
 
 
 def _datasets(name: str) -> dict[str, list[str]]:
     """The data set as the hub links it; what is embedded here, or lies on this machine, is no hub id."""
-    return {} if name == DEFAULT_DATASET or Path(name).exists() else {"datasets": [name]}
+    return {} if name == DEFAULT_DATASET or _lies_here(name) else {"datasets": [name]}
+
+
+def _lies_here(name: str) -> bool:
+    """Whether a model's or a data set's name is a path on this machine; it was loaded, so `~somebody` is known."""
+    return Path(name).expanduser().exists()
 
 
 def _how(config: TrainConfig, result: Result) -> str:

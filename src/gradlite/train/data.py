@@ -116,19 +116,30 @@ def _tokenize(
 ) -> Tokenized:
     tokenized = tokenize(parsed.examples, tokenizer, config.seq_len, config.train_on)
     if not tokenized.kept:
-        raise GradLiteError(
-            f"nothing to train on is left of dataset {name!r}: after cutting to --seq-len {config.seq_len} tokens "
-            "no example holds any token of its answer; raise --seq-len."
-        )
-    if tokenized.num_dropped:
+        raise GradLiteError(f"nothing to train on is left of dataset {name!r}: {_why_nothing(tokenized, config.seq_len)}.")
+    if tokenized.num_cut_off:
         notices.append(
-            f"{name}: {tokenized.num_dropped} examples were dropped: cut to {config.seq_len} tokens, no answer is left."
+            f"{name}: {tokenized.num_cut_off} examples were dropped: cut to {config.seq_len} tokens, no answer is left."
         )
-    if tokenized.num_cut > tokenized.num_dropped:
-        notices.append(f"{name}: {tokenized.num_cut - tokenized.num_dropped} examples were cut to {config.seq_len} tokens.")
+    if tokenized.num_unanswered:
+        notices.append(f"{name}: {tokenized.num_unanswered} examples were dropped: no token of theirs is an answer's.")
+    if tokenized.num_cut:
+        notices.append(f"{name}: {tokenized.num_cut} examples were cut to {config.seq_len} tokens.")
     if tokenized.num_rewritten:
         notices.append(
             f"{name}: in {tokenized.num_rewritten} conversations the chat template renders earlier turns differently "
             "later on; those turns are not trained on."
         )
     return tokenized
+
+
+def _why_nothing(tokenized: Tokenized, seq_len: int) -> str:
+    """Why no example is left, and what helps."""
+    if tokenized.num_cut_off:
+        return f"after cutting to --seq-len {seq_len} tokens no example holds any token of its answer; raise --seq-len"
+    if tokenized.num_rewritten:
+        return (
+            "the model's chat template renders every answer differently once another turn follows it, so no token of one can "
+            "be told; end the conversations with the assistant's turn, or use another model"
+        )
+    return "no example holds a token of an answer that a loss could be taken of; give longer answers"

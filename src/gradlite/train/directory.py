@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from gradlite.errors import GradLiteError
 from gradlite.train.config import TrainConfig
+from gradlite.train.disk import failed_writes_told
 from gradlite.train.files import WRITING, finite, write_json, write_text
 
 RECORD, CONFIG, METRICS, CHECKPOINTS = "run.json", "config.yaml", "metrics.jsonl", "checkpoints"
@@ -54,8 +56,11 @@ class RunDirectory:
 
     def last_checkpoint(self) -> Path | None:
         """The checkpoint with the highest step, or None."""
-        found = get_last_checkpoint(str(self.checkpoints)) if self.checkpoints.is_dir() else None
-        return Path(found) if found else None
+        return last_checkpoint(self.checkpoints)
+
+    def failed_writes_told(self) -> AbstractContextManager[None]:
+        """Around whatever writes here: a write that fails is told in one sentence."""
+        return failed_writes_told(self.path, self.last_checkpoint)
 
     def check(self, config: TrainConfig) -> None:
         """Raise `GradLiteError` unless this run may use the directory: new, empty, or to be resumed or replaced."""
@@ -100,6 +105,10 @@ class RunDirectory:
     def begin(self, config: TrainConfig, record: Mapping[str, Any], checkpoint: Path | None) -> None:
         """Take the directory: emptied for a new run, or cut back to what was known at `checkpoint`."""
         self.check(config)
+        with self.failed_writes_told():
+            self._take(config, record, checkpoint)
+
+    def _take(self, config: TrainConfig, record: Mapping[str, Any], checkpoint: Path | None) -> None:
         if checkpoint is None and self.path.exists():
             if self.record is not None:
                 shutil.rmtree(self.path)
@@ -122,13 +131,19 @@ class RunDirectory:
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl, and see it to the disk: a run that is killed keeps its history."""
-        with self.metrics.open("a", encoding="utf-8") as file:
+        with self.failed_writes_told(), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite(metrics)) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the highest step in `folder`, or None."""
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return Path(found) if found else None
 
 
 def checkpoint_step(checkpoint: Path) -> int:

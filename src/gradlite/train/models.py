@@ -32,7 +32,10 @@ def load_model_and_tokenizer(name: str, dtype: str) -> tuple[PreTrainedModel, Pr
     Raises `GradLiteError` where the model is missing, unreadable, incomplete or quantised, or has no tokenizer.
     """
     weight_dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise GradLiteError(f"model {name!r} does not exist: {error}") from error
     if name == DEFAULT_MODEL:
         model, tokenizer = _embedded(weight_dtype)
     elif path.suffix == ".gguf" and path.is_file():

@@ -29,13 +29,14 @@ def save_outputs(
 ) -> None:
     """Write everything into the run's directory; run.json, which says that the run is finished, last."""
     made_with = versions(("torch", "transformers"))
-    with staged(directory.path) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        write_text(folder / "README.md", model_card(config, result, made_with))
-        draw_loss(directory.read_metrics(), folder / "loss.png")
     origin = {"versions": made_with, "machine": machine(), "date": time.strftime("%Y-%m-%d")}
-    directory.write_record({"status": "finished", **asdict(result), **origin})
+    with directory.failed_writes_told():
+        with staged(directory.path) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            write_text(folder / "README.md", model_card(config, result, made_with))
+            draw_loss(directory.read_metrics(), folder / "loss.png")
+        directory.write_record({"status": "finished", **asdict(result), **origin})
 
 
 def show_answers(console: Console, before: Sequence[dict[str, str]], after: Sequence[Answer]) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from gradlite.train.words import running_mean
+
 _WINDOW = 20
 
 
@@ -20,8 +22,9 @@ def draw_loss(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     if steps:
         axes.plot(*zip(*steps, strict=True), color="0.75", linewidth=1, label="training, by step")
         losses = [loss for _, loss in steps]
-        means = [sum(losses[max(0, end - _WINDOW) : end]) / min(end, _WINDOW) for end in range(1, len(losses) + 1)]
-        axes.plot([step for step, _ in steps], means, color="C0", label=f"training, mean of {_WINDOW} steps")
+        axes.plot(
+            [step for step, _ in steps], running_mean(losses, _WINDOW), color="C0", label=f"training, mean of {_WINDOW} steps"
+        )
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="C1", marker="o", label="held out")
     axes.set_xlabel("step")

@@ -19,9 +19,11 @@ from gradlite.measure.memory import peak_memory_bytes
 from gradlite.methods.method import ENERGY_EVERY
 from gradlite.train.callback import MAX_SKIPPED_IN_A_ROW, RunCallback, StepReport
 from gradlite.train.card import Result
+from gradlite.train.checkpoint import check_whole
 from gradlite.train.config import TrainConfig
 from gradlite.train.data import Data, load_data, sequences
 from gradlite.train.directory import RunDirectory, checkpoint_step
+from gradlite.train.disk import bytes_in, check_room, more_checkpoints, saved_bytes
 from gradlite.train.matmul_caches import limit_matmul_caches
 from gradlite.train.models import load_model_and_tokenizer
 from gradlite.train.out_of_memory import out_of_memory_told
@@ -31,7 +33,13 @@ from gradlite.train.packing import check_packing
 from gradlite.train.preview import preview
 from gradlite.train.progress import Progress
 from gradlite.train.quiet import quiet_libraries
-from gradlite.train.trainer import GradLiteTrainer, build_trainer, num_steps, weights_are_finite
+from gradlite.train.trainer import (
+    NUM_CHECKPOINTS_KEPT,
+    GradLiteTrainer,
+    build_trainer,
+    num_steps,
+    weights_are_finite,
+)
 
 
 def run(config: TrainConfig, console: Console | None = None) -> Path:
@@ -88,7 +96,8 @@ class _Run:
             if checkpoint is None:
                 raise GradLiteError(f"{str(self.directory.path)!r} is finished and has no checkpoint to go on from.")
         if checkpoint is not None:
-            _check_readable(checkpoint)
+            check_whole(checkpoint, model.state_dict())
+        self._check_room(checkpoint, steps)
         self._show_plan(trainer, data, tokenizer, len(train), steps)
         before = self._before(trainer, tokenizer, data, checkpoint)
         self.directory.begin(self.config, before, checkpoint)
@@ -99,6 +108,17 @@ class _Run:
         seconds = self._train(trainer, checkpoint, steps)
         self._check_outcome(trainer)
         return self._finish(trainer, tokenizer, data, before, seconds)
+
+    def _check_room(self, checkpoint: Path | None, steps: int) -> None:
+        """Refuse a run whose model the disk cannot take; what a new run replaces makes room."""
+        directory = self.directory
+        if checkpoint is None:
+            num_there, done, freed_bytes = 0, 0, bytes_in(directory.path)
+        else:
+            num_there = sum(folder.is_dir() for folder in directory.checkpoints.glob("checkpoint-*"))
+            done, freed_bytes = checkpoint_step(checkpoint), 0
+        num_checkpoints = more_checkpoints(steps, done, self.config.save_every, num_there, NUM_CHECKPOINTS_KEPT)
+        check_room(directory.path, saved_bytes(self.method.model), num_checkpoints, freed_bytes=freed_bytes)
 
     def _show_plan(
         self, trainer: GradLiteTrainer, data: Data, tokenizer: PreTrainedTokenizerBase, num_sequences: int, steps: int
@@ -236,15 +256,6 @@ class _Run:
     def _record_evaluation(self, step: int, loss: float) -> None:
         self.directory.append_metrics({"step": step, "eval_loss": loss, "seconds": self._clock()})
         self.progress.show_evaluation(step, loss)
-
-
-def _check_readable(checkpoint: Path) -> None:
-    try:
-        torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file raises whatever its reader stumbles over
-        raise GradLiteError(
-            f"checkpoint {str(checkpoint)!r} is damaged (optimizer.pt cannot be read); delete it to resume from the one before."
-        ) from error
 
 
 def _check_vocabulary(model: PreTrainedModel, data: Data, config: TrainConfig) -> None:

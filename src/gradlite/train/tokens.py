@@ -50,11 +50,17 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """What became of examples: those kept, and how many were cut, dropped, or lost turns to a rewriting template."""
+    """What became of examples: those kept, and how many were
+
+    - cut and kept (`num_cut`), or dropped because the cut left no answer (`num_cut_off`);
+    - dropped because no token of theirs was an answer, however long they may be (`num_unanswered`);
+    - bereft of some turns by a template that rewrites them (`num_rewritten`), kept or dropped.
+    """
 
     kept: list[Tokens]
     num_cut: int
-    num_dropped: int
+    num_cut_off: int
+    num_unanswered: int
     num_rewritten: int
 
 
@@ -62,15 +68,23 @@ def tokenize(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, se
     """Tokenise examples, cut each to `seq_len` tokens, and drop those that are left with nothing to train on."""
     renderer = _Renderer(tokenizer)
     kept: list[Tokens] = []
-    num_cut = 0
+    num_cut = num_cut_off = num_unanswered = 0
     for example in examples:
-        tokens = renderer.tokens(example)
-        num_cut += len(tokens.ids) > seq_len
-        ids, is_answer = tokens.ids[:seq_len], tokens.is_answer[:seq_len]
-        trained = len(ids) - 1 if train_on == "all" else sum(is_answer[1:])
-        if trained > 0 and any(is_answer):
-            kept.append(Tokens(ids, is_answer, tokens.asked))
-    return Tokenized(kept, num_cut, len(examples) - len(kept), renderer.num_rewritten)
+        whole = renderer.tokens(example)
+        tokens = Tokens(whole.ids[:seq_len], whole.is_answer[:seq_len], whole.asked)
+        if _is_trainable(tokens, train_on):
+            kept.append(tokens)
+            num_cut += len(whole.ids) > seq_len
+        elif _is_trainable(whole, train_on):
+            num_cut_off += 1
+        else:
+            num_unanswered += 1
+    return Tokenized(kept, num_cut, num_cut_off, num_unanswered, renderer.num_rewritten)
+
+
+def _is_trainable(tokens: Tokens, train_on: str) -> bool:
+    trained = len(tokens.ids) - 1 if train_on == "all" else sum(tokens.is_answer[1:])
+    return trained > 0 and any(tokens.is_answer)
 
 
 class _Renderer:

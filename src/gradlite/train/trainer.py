@@ -24,6 +24,8 @@ from gradlite.errors import GradLiteError
 from gradlite.evaluate.held_out import HeldOutLoss, held_out_loss
 from gradlite.methods.method import Method
 from gradlite.train.config import TrainConfig
+from gradlite.train.directory import last_checkpoint
+from gradlite.train.disk import failed_writes_told
 from gradlite.train.files import WRITING
 from gradlite.train.loss import summed_loss
 from gradlite.train.method_optimizer import MethodOptimizer
@@ -133,6 +135,10 @@ class GradLiteTrainer(Trainer):
         if not weights_are_finite(self._network):
             return
         target = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        with failed_writes_told(target.parent, lambda: last_checkpoint(target.parent)):
+            self._write_checkpoint(target, model, trial)
+
+    def _write_checkpoint(self, target: Path, model: nn.Module, trial: Any) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=WRITING, dir=target.parent) as staging:
             self._staging = staging

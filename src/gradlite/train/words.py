@@ -1,5 +1,7 @@
 """Numbers as people read them."""
 
+from collections.abc import Sequence
+
 
 def in_bytes(num_bytes: float) -> str:
     """1.2 GB, 340 MB, 5.0 kB; decimal units."""
@@ -22,3 +24,8 @@ def in_count(number: float) -> str:
         if number >= size:
             return f"{number / size:.1f} {unit}"
     return f"{number:.0f}"
+
+
+def running_mean(values: Sequence[float], window: int) -> list[float]:
+    """The mean of each value and up to ``window − 1`` before it."""
+    return [sum(values[max(0, end - window) : end]) / min(end, window) for end in range(1, len(values) + 1)]
