@@ -29,3 +29,11 @@ def test_memory_is_compared_on_equal_batches(record: Make, full_rows: bool, peak
     peaks = {0: 200, 1: 300, 2: 400}
     (only,) = group([record(seed=seed, peak=of_seed, full_rows=full_rows) for seed, of_seed in peaks.items()])
     assert only.rows[0].peak_above_weights_bytes == peak
+
+
+def test_two_runs_of_one_seed_are_one_seed(record: Make) -> None:
+    """The last one counts, as in the tables."""
+    (only,) = group([record(run="one", loss=2.0), record(run="two", loss=3.0)])
+    found = only.rows[0].loss
+    assert found is not None
+    assert (found.mean, found.count) == (3.0, 1)

@@ -236,6 +236,16 @@ def test_the_run_is_named_after_model_data_and_seed(model: str, dataset: str, na
     assert TrainConfig(model=model, dataset=dataset).run_dir == Path("runs") / name
 
 
+def test_other_methods_have_directories_of_their_own() -> None:
+    assert TrainConfig(method="galore").run_name == "smollm2-python-help-galore-seed0"
+
+
+@pytest.mark.parametrize(("key", "remedy"), [("rank", "give --rank"), ("checkpointing", "it has none called 'checkpointing'")])
+def test_options_of_gradlite_are_keys(key: str, remedy: str) -> None:
+    with pytest.raises(GradLiteError, match=remedy):
+        TrainConfig.from_sources(None, {"method_options": {key: 1}})
+
+
 def test_a_given_name_and_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     config = TrainConfig.from_sources(None, {"name": "mine", "output_dir": "~/runs"})

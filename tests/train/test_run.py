@@ -1,6 +1,8 @@
 """A whole run on a tiny model: what it leaves, what it shows, and how it resumes, refuses and gives up."""
 
 import json
+import os
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -353,3 +355,39 @@ def test_bad_input_gets_one_sentence_and_no_files(
         train(**settings)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_finished_run_that_goes_on_trains_in_its_first_step(train: Train) -> None:
+    """The schedule that was saved had come to zero; the longer one has not."""
+    settings: dict[str, Any] = {"schedule": "linear", "save_every": 2, "lr": 1e-2, "warmup": 0}
+    train(max_steps=4, **settings)
+    longer = train(max_steps=8, resume=True, **settings)
+    rates = {line["step"]: line["learning_rate"] for line in longer.metrics() if "loss" in line}
+    losses = [line["eval_loss"] for line in longer.metrics() if "eval_loss" in line]
+    assert rates[5] > 1e-3
+    assert losses[-1] != losses[-2]
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_directory_in_which_another_process_trains_is_left_alone(alive: bool, train: Train) -> None:
+    path = train().path
+    process = os.getppid() if alive else 2**22 + 1  # beyond what Linux gives
+    record = {**json.loads((path / "run.json").read_text()), "status": "running", "process": process, "host": platform.node()}
+    (path / "run.json").write_text(json.dumps(record))
+    shutil.rmtree(path / "checkpoints", ignore_errors=True)
+    if alive:
+        with pytest.raises(
+            GradLiteError, match=rf"process {process} is training in .*; wait for its end, or give another --name"
+        ):
+            train()
+        train(overwrite=True)
+    else:
+        train()
+
+
+def test_a_damaged_line_of_metrics_is_left_out_when_a_run_goes_on(train: Train) -> None:
+    path = train(save_every=3).path
+    metrics = path / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "loss"\n' + metrics.read_text())
+    lines = train(save_every=3, max_steps=8, resume=True).metrics()
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))

@@ -126,7 +126,7 @@ def _trade(group: Group, looks: dict[str, Look], prefix: str) -> list[Picture]:
     told = "; ".join(f"{point.name} {in_memory(point.peak_bytes)}, loss {point.loss:.4f}" for point in points)
     svg = scatter(f"{prefix}-trade", points, f"Peak memory against held-out loss. {told}.")
     size = " A larger marker is faster." if any(point.tokens_per_second for point in points) else ""
-    caption = f"Lower left is better: less memory, lower loss.{size} Means over the seeds at the best learning rate."
+    caption = f"Lower left is better: less memory, lower loss.{size} Loss: mean over seeds; memory and speed: of equal batches."
     return [Picture(svg, "Memory, quality and speed", caption, of_records([record for row in rows for record in row.best]))]
 
 

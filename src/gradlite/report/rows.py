@@ -39,7 +39,8 @@ class Row:
     @property
     def loss(self) -> Range | None:
         """Held-out loss after the last step."""
-        known = [loss for record in self.best if (loss := record.final_held_out_loss) is not None]
+        by_seed = {record.seed: loss for record in self.best if (loss := record.final_held_out_loss) is not None}
+        known = list(by_seed.values())  # one a seed, the last, as in the tables
         return Range(statistics.fmean(known), min(known), max(known), len(known)) if known else None
 
     @property

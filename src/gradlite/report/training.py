@@ -107,7 +107,13 @@ _WATCHED = (
         "Tokens a second, smoothed over about ten steps; padding does not count.",
         1.0,
     ),
-    ("grad_norm", "Gradient norm", "norm before clipping", "Norm of the whole gradient as clipping sees it.", 1.0),
+    (
+        "grad_norm",
+        "Gradient norm",
+        "norm before clipping",
+        "Norm of the gradient as clipping sees it (GradLite without feedback: of its part inside the bases).",
+        1.0,
+    ),
     (
         "peak_memory_bytes",
         "Peak memory",

@@ -322,9 +322,11 @@ class TrainConfig(BaseModel):
                 raise ValueError("--lora-rank and the rank in --method-options exclude each other: give one of them.")
         if self.method == "gradlite":
             if options:
+                key = str(next(iter(options)))
+                known = key in TrainConfig.model_fields
                 raise ValueError(
-                    f"method_options must be none with method 'gradlite', whose settings are keys of their own: "
-                    f"give {flag_of(str(next(iter(options))))}."
+                    "method_options must be none with method 'gradlite', whose settings are keys of their own: "
+                    + (f"give {flag_of(key)}." if known else f"it has none called {key!r}.")
                 )
             return self
         for key, field in TrainConfig.model_fields.items():
@@ -337,8 +339,9 @@ class TrainConfig(BaseModel):
 
     @property
     def run_name(self) -> str:
-        """`name`, or else one made from model, dataset and seed: equal settings give an equal name."""
-        return self.name or f"{short_name(self.model)}-{short_name(self.dataset)}-seed{self.seed}"
+        """`name`, or else one made from model, dataset, method (but GradLite) and seed: equal settings give an equal name."""
+        method = "" if self.method == "gradlite" else f"-{self.method}"
+        return self.name or f"{short_name(self.model)}-{short_name(self.dataset)}{method}-seed{self.seed}"
 
     @property
     def run_dir(self) -> Path:

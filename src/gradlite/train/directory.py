@@ -11,6 +11,7 @@ A directory without a run.json of ours is never written to (unless it is empty) 
 
 import json
 import os
+import platform
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -30,6 +31,31 @@ _MADE_BY = "gradlite"
 _FREE_ON_RESUME = {
     "resume", "overwrite", "output_dir", "name", "report_to", "eval_every", "save_every", "max_steps", "epochs",
 }  # fmt: skip
+
+
+def _other_process(record: Mapping[str, Any] | None) -> int | None:
+    """The process that a record says is training, if it is another one of this machine and still there."""
+    if record is None or record.get("status") != "running" or record.get("host") != platform.node():
+        return None
+    process = record.get("process")
+    if not isinstance(process, int) or process == os.getpid():
+        return None
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:  # somebody else's
+        return process
+    return process
+
+
+def _step_of(line: str) -> int:
+    """The step that a line of metrics.jsonl is of; -1 for a damaged line, which a continued run leaves out."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return -1
+    return step if isinstance(step, int) else -1
 
 
 class RunDirectory:
@@ -79,6 +105,12 @@ class RunDirectory:
             )
         if config.overwrite:
             return
+        busy = _other_process(self.record)
+        if busy is not None:
+            raise GradLiteError(
+                f"process {busy} is training in {str(self.path)!r}; wait for its end, or give another --name "
+                "(--overwrite, if there is no such training any more)."
+            )
         if config.resume:
             self._check_same(config)
         elif self.is_finished:
@@ -118,13 +150,13 @@ class RunDirectory:
         for folder in (self.path, self.checkpoints):
             for left_over in folder.glob(f"{WRITING}*"):  # by a process that was killed
                 shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-        self.write_record({**record, "status": "running"})
+        self.write_record({**record, "status": "running", "process": os.getpid(), "host": platform.node()})
         write_text(self.path / CONFIG, config.afresh().to_yaml())
         if checkpoint is not None:
             step = checkpoint_step(checkpoint)
             lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True) if self.metrics.exists() else []
             complete = [line for line in lines if line.endswith("\n")]
-            write_text(self.metrics, "".join(line for line in complete if json.loads(line)["step"] <= step))
+            write_text(self.metrics, "".join(line for line in complete if 0 <= _step_of(line) <= step))
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         write_json(self.path / RECORD, {"made_by": _MADE_BY, **record})

@@ -146,7 +146,7 @@ class _Run:
         """Held-out loss and answers of the untouched model: measured, or from the record of the run that is resumed."""
         keys = ("loss_before", "held_out_tokens", "answers_before")
         record = self.directory.record
-        if checkpoint is not None and record is not None:
+        if checkpoint is not None and record is not None and all(key in record for key in keys):
             return {key: record[key] for key in keys}
         measured = trainer.held_out_loss()
         if not math.isfinite(measured.loss):

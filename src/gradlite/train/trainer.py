@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -126,6 +127,20 @@ class GradLiteTrainer(Trainer):
         super()._maybe_log_save_evaluate(tr_loss, *arguments, **keywords)
         if self._globalstep_last_logged == self.state.global_step:
             tr_loss.zero_()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The Trainer's own; then the learning rates that the schedule has now.
+
+        The saved ones are those of the schedule that was saved: a finished run that goes on with more steps would make its
+        first one at a rate of zero.
+        """
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler = self.lr_scheduler
+        if checkpoint is None or not isinstance(scheduler, LambdaLR):
+            return
+        parts = zip(self.method.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        for group, base, at in parts:
+            group["lr"] = base * at(scheduler.last_epoch)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or str(super()._get_output_dir(trial))
