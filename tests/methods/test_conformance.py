@@ -196,6 +196,41 @@ def test_halves_accumulate_to_the_whole_or_are_refused(name: str) -> None:
 
 
 @every_method
+def test_a_plain_backward_pass_trains_the_same_or_is_refused(name: str) -> None:
+    """By hand, with ``loss.backward()``: never other weights in silence."""
+    ours, plain = build(name), build(name)
+    step(ours, batch())
+    loss_of(plain, batch()).backward()
+    if name in ("lomo", "lomo-clipped", "adalomo", "adamw8bit-in-backward", "ldadam"):
+        with pytest.raises(GradLiteError, match=r"call method\.backward\(loss\) before every step\(\), and never loss"):
+            plain.step()
+        return
+    plain.step()
+    plain.zero_grad()
+    step(ours, batch(1))
+    loss_of(plain, batch(1)).backward()
+    plain.step()
+    assert changed(weights(ours.model), plain.model) == set()
+
+
+def test_ldadam_refuses_gradients_without_their_error_memory() -> None:
+    """Also where a plain backward pass came first and the method's own second; zeroed gradients are forgotten."""
+    method = build("ldadam")
+    step(method, batch())
+    loss_of(method, batch(1)).backward()
+    method.backward(loss_of(method, batch(2)))
+    with pytest.raises(GradLiteError, match="has a backward pass of its own"):
+        method.step()
+    method.zero_grad()
+    step(method, batch(3))
+    method.backward(loss_of(method, batch(4)))
+    method.zero_grad()
+    loss_of(method, batch(5)).backward()
+    with pytest.raises(GradLiteError, match="has a backward pass of its own"):
+        method.step()
+
+
+@every_method
 def test_clipping_bounds_the_norm_or_is_refused(name: str) -> None:
     method = build(name)
     method.backward(loss_of(method, batch()))

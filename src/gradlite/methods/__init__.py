@@ -61,6 +61,9 @@ def unknown(name: str) -> str | None:
 def build(name: str, model: "nn.Module", *, lr: float, **options: Any) -> "Method":
     """The method called ``name`` over ``model``, which it may change in place (attach, wrap, checkpoint).
 
+    It has ``backward(loss)`` (to be called in the place of ``loss.backward()``), ``clip(max_norm)``, ``step()`` and
+    ``zero_grad()``: see :mod:`gradlite.methods.method`.
+
     Every method but gradlite, mesp, mebp and mezo takes ``checkpointing``; the other options and their defaults are told in
     the method's file.
 
