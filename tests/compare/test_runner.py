@@ -145,6 +145,25 @@ def test_records_of_other_work_are_refused(tmp_path: Path, model_dir: Path, sums
         make_runner(tmp_path).run([experiment(model_dir, sums, steps=3)])
 
 
+def test_a_failed_run_is_done_anew_with_a_corrected_option(
+    tmp_path: Path, model_dir: Path, sums: Path, workers: Install
+) -> None:
+    def work(**options: object) -> Experiment:
+        row = {"label": "LoRA", "method": "lora", "options": options}
+        return experiment(model_dir, sums, methods=[row], baselines=[], seeds=[0])
+
+    workers(lambda spec: spec.record("failed", "no such option"))
+    make_runner(tmp_path).run([work(rank=300)])
+    again = workers(good)
+    with pytest.raises(GradLiteError, match=r"its options differs\); choose another --output-dir, or give --retry-failed"):
+        make_runner(tmp_path).run([work(rank=3)])
+    (record,) = make_runner(tmp_path, retry_failed=True).run([work(rank=3)])
+    assert (record.status, record.options["rank"]) == ("ok", 3)
+    assert len(again.runs) == 1
+    with pytest.raises(GradLiteError, match=r"its options differs\); choose another --output-dir, or delete it"):
+        make_runner(tmp_path, retry_failed=True).run([work(rank=4)])
+
+
 def test_the_count_of_runs_covers_all_experiments(tmp_path: Path, model_dir: Path, sums: Path, workers: Install) -> None:
     workers(good)
     first = experiment(model_dir, sums)
@@ -239,3 +258,11 @@ def test_a_dry_run_lists_what_is_due_and_does_nothing(model_dir: Path, sums: Pat
     assert f"{failed.run} " in shown[True]
     assert "adamw-lr0.001-seed1" in shown[False]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_tells_a_memory_experiment_with_too_few_steps(model_dir: Path, sums: Path, tmp_path: Path) -> None:
+    for steps, kind, told in ((2, "memory", True), (3, "memory", False), (2, "quality", False)):
+        screen = io.StringIO()
+        work = experiment(model_dir, sums, steps=steps, kind=kind)
+        show_runs([work], tmp_path, Console(file=screen, width=200))
+        assert ("paper-small-quality: memory of step 2, not 3" in screen.getvalue()) == told

@@ -88,6 +88,12 @@ def test_memory_and_throughput() -> None:
     assert table.notes == ("m on d, float32, 3 steps of 2 × 8 tokens at most.",)
 
 
+def test_memory_of_a_run_too_short_for_it_is_remarked() -> None:
+    table = memory_table([measured("a", 1.0, 1, steps=2), measured("b", 1.0, 1, steps=3)], "T")
+    assert cell(table, "a", "Remark").startswith("memory of step 2, not 3: ")
+    assert cell(table, "b", "Remark") == ""
+
+
 def test_bytes_by_category() -> None:
     table = category_table([measured("a", 2.0, 1), record("bad", status="failed", reason="x")], "T")
     assert table.columns[1:] == (

@@ -66,16 +66,18 @@ class Runner:
         if not path.exists():
             return self._found_elsewhere(spec)
         record = read_record(path)
+        failed = record.status != "ok"
+        if self._retry_failed and failed:  # whatever it was a record of: an option that was corrected, say
+            return None
         key = spec.differs_from(record)
         if key is not None:
             name = key.removesuffix("_fingerprint")
             what = f"its {name}" if name == key else f"the content of its {name}"
+            remedy = "give --retry-failed, which does failed runs anew" if failed else "delete it"
             raise GradLiteError(
-                f"{path} is the record of other work ({what} differs); choose another --output-dir, or delete it."
+                f"{path} is the record of other work ({what} differs); choose another --output-dir, or {remedy}."
             )
-        if record.taken_from is not None:
-            return self._found_elsewhere(spec)
-        return None if self._retry_failed and record.status != "ok" else record
+        return record if record.taken_from is None else self._found_elsewhere(spec)
 
     def _found_elsewhere(self, spec: RunSpec) -> Record | None:
         """Only of other experiments: rows of one experiment that do the same were asked for twice."""

@@ -17,6 +17,9 @@ BAD_INPUT = 2
 """A worker's exit code where model or data cannot be had, so that no run can be done; its last line says why."""
 
 
+WATCHED_STEPS = 3
+"""The memory of the last of them is reported: by then every method has its state."""
+
 _NAMES = frozenset({"experiment", "run", "label"})
 """What a run is called, as against what it does."""
 
@@ -119,6 +122,13 @@ def further_seeds(experiment: Experiment, records: Sequence[Record]) -> list[Run
     best = {entry.label: best_rate(_sweep_of(experiment, entry, records)) for entry in experiment.methods}
     found = ((seed, entry, best[entry.label]) for seed in experiment.seeds[1:] for entry in experiment.methods)
     return [spec_of(experiment, entry, lr, seed) for seed, entry, lr in found if lr is not None]
+
+
+def too_few_steps(steps: int) -> str | None:
+    """What a reader must know of the memory of a run of so few steps, or None."""
+    if steps >= WATCHED_STEPS:
+        return None
+    return f"memory of step {steps}, not {WATCHED_STEPS}: what a method makes in its first steps may be missing"
 
 
 def num_runs(experiment: Experiment) -> int:

@@ -14,7 +14,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from gradlite.compare.record import ByCategory, Record
-from gradlite.compare.runs import best_rate
+from gradlite.compare.runs import best_rate, too_few_steps
 
 NONE = "–"
 _GB = 1e9
@@ -50,7 +50,7 @@ def memory_table(records: Sequence[Record], title: str) -> Table:
                 _range(_speeds(alike), ".1f"),
                 _middle(samples, ".3f"),
                 str(len(alike)),
-                _remark(runs),
+                "; ".join(filter(None, [_remark(runs), _short(alike)])),
             )
         )
     columns = (
@@ -233,6 +233,11 @@ def _remark(runs: Sequence[Record]) -> str:
     ]
     unclipped = any(run.status == "ok" and run.options.get("max_grad_norm", 1.0) is None for run in runs)
     return "; ".join(dict.fromkeys([*reasons, *(["gradients not clipped"] if unclipped else [])]))
+
+
+def _short(runs: Sequence[Record]) -> str | None:
+    """Said of memory that was measured before every method has its state."""
+    return next((note for run in runs if run.memory is not None and (note := too_few_steps(run.steps))), None)
 
 
 def _edge(swept: Sequence[Record], best: float | None) -> str:
