@@ -14,11 +14,12 @@ from rich.console import Console
 
 from gradlite.compare import runner as runner_module
 from gradlite.compare.dry_run import show_runs
-from gradlite.compare.experiment import Experiment, load_experiment
+from gradlite.compare.experiment import PRESETS, Experiment, load_experiment
 from gradlite.compare.record import HeldOut, Record, read_records, write_record
 from gradlite.compare.runner import Runner
 from gradlite.compare.runs import RunSpec, sweep
 from gradlite.errors import GradLiteError
+from gradlite.methods import check_options
 
 MakeSpec = Callable[..., RunSpec]
 Process = Callable[[Sequence[str], Any, Callable[[Mapping[str, Any]], None]], int]
@@ -162,6 +163,41 @@ def test_a_failed_run_is_done_anew_with_a_corrected_option(
     assert len(again.runs) == 1
     with pytest.raises(GradLiteError, match=r"its options differs\); choose another --output-dir, or delete it"):
         make_runner(tmp_path, retry_failed=True).run([work(rank=4)])
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"method": "lora", "options": {"rnk": 3}}, r"^method 'lora' has no option 'rnk'; did you mean 'rank'\?$"),
+        (
+            {"method": "lora", "options": {"rank": -4}},
+            r"^method 'lora': rank is -4, but it should be greater than or equal to 1",
+        ),
+        ({"method": "gradlite", "options": {"hold": "int9"}}, r"^method 'gradlite': hold is 'int9', but it should be 'exact',"),
+        ({"method": "gradlite", "options": {"rank": -4}}, r"rank"),
+        (
+            {"method": "gradlite", "options": {"checkpointing": True}},
+            r"^method 'gradlite' has no option 'checkpointing'; known",
+        ),
+        ({"method": "adamw", "options": {"lr": 1e-3}}, r"^method 'adamw' has no option 'lr'"),
+    ],
+)
+def test_options_are_checked_before_anything_runs(
+    tmp_path: Path, model_dir: Path, sums: Path, workers: Install, row: dict[str, object], sentence: str
+) -> None:
+    work, only = experiment(model_dir, sums, methods=[{"label": "A", **row}], baselines=[]), workers(good)
+    with pytest.raises(GradLiteError, match=sentence):
+        make_runner(tmp_path).run([work])
+    with pytest.raises(GradLiteError, match=sentence):
+        show_runs([work], tmp_path, Console(file=io.StringIO()))
+    assert only.runs == []
+
+
+def test_the_options_of_shipped_experiments_are_accepted() -> None:
+    for names in PRESETS.values():
+        for name in names.values():
+            for entry in load_experiment(name).methods:
+                check_options(entry.method, entry.options)
 
 
 def test_the_count_of_runs_covers_all_experiments(tmp_path: Path, model_dir: Path, sums: Path, workers: Install) -> None:

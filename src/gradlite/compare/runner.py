@@ -23,6 +23,7 @@ from gradlite.compare.experiment import Experiment
 from gradlite.compare.record import Record, read_record, read_records, write_record
 from gradlite.compare.runs import BAD_INPUT, STEP, RunSpec, further_seeds, num_runs, sweep
 from gradlite.errors import GradLiteError
+from gradlite.methods import check_options
 from gradlite.train.words import in_bytes, in_time
 
 _SECONDS_TO_END = 10.0
@@ -52,8 +53,14 @@ class Runner:
         self._seconds: dict[str, list[float]] = {}  # of the runs done now, by experiment
 
     def check(self, experiments: Sequence[Experiment]) -> None:
-        """Raises GradLiteError if a record that is there belongs to other work. Costs nothing, so it comes first."""
+        """Raises GradLiteError for an option that no model could have, and if a record that is there belongs to other work.
+
+        Costs next to nothing, so it comes first.
+        """
         for experiment in experiments:
+            for entry in experiment.methods:
+                if entry.options:  # without any there is nothing to check, and no need for torch
+                    check_options(entry.method, entry.options)
             for spec in sweep(experiment):
                 self.found(spec)
 
