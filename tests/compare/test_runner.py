@@ -60,7 +60,7 @@ class Workers:
         on_step({"step": 1, "loss": 2.0, "tokens_per_second": 10.0, "peak_bytes": 10})
         outcome = self.outcome(spec)
         if isinstance(outcome, int):
-            errors.write("a trace\nthe last line\n")
+            errors.write("a trace\nthe last line\nnotice: 3 rows were left out.\n")
             errors.flush()
             return outcome
         write_record(Path(command[4]), outcome)

@@ -157,6 +157,13 @@ def test_memory_is_of_runs_with_equal_batches() -> None:
     assert cell(category_table(records, "T"), "a", "Gradients (GB)") == "1.000"
 
 
+def test_held_out_rows_that_are_not_evaluated_are_noted() -> None:
+    fewer = record("a", loss=1.0, held_out_rows=200, evaluated_rows=187)
+    (_, note, _) = quality_table([fewer, record("b", loss=1.0, held_out_rows=200)], "T").notes
+    assert note.startswith("Of 200 held-out rows 187 are evaluated: ")
+    assert len(quality_table([record("a", loss=1.0, held_out_rows=9, evaluated_rows=9)], "T").notes) == 2
+
+
 def test_what_makes_rows_no_fair_comparison_is_noted() -> None:
     same: dict[str, Any] = {"versions": {"torch": "2.13"}, "machine": {"num_threads": 2}}
     records = [record("a", loss=1.0, **same), record("b", loss=1.0, **same), record("c", loss=1.0)]

@@ -38,6 +38,7 @@ def test_a_run_leaves_a_whole_record(make_spec: MakeSpec, method: str, dtype: st
     assert record.final_held_out_loss < record.held_out[0].loss
     assert record.held_out_tokens is not None
     assert record.held_out_tokens > 0
+    assert record.evaluated_rows == 4
     assert len(record.step_seconds) == 8 - UNTIMED_STEPS
     assert record.tokens_per_second is not None
     assert record.tokens_per_second.min <= record.tokens_per_second.median <= record.tokens_per_second.max

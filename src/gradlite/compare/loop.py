@@ -131,7 +131,10 @@ class Loop:
             torch.cuda.synchronize(self._device)
 
     def _memory(self, watch: AllocationWatch, process_peak: int | None) -> Memory:
-        """Of the last watched step; a run too short for the one that is to be reported says so. On CUDA the peak is the allocator's own, and the watch only splits it."""
+        """Of the last watched step. On CUDA the peak is the allocator's own, and the watch only splits it.
+
+        A run that was too short for the step that is to be reported says so.
+        """
         split = watch.peaks[-1]
         peak = split.total if self._allocator_peak_bytes is None else self._allocator_peak_bytes
         base = min(self._weight_bytes, split.weights)  # weights that a method keeps in four bits are no saving above them

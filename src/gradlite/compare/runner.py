@@ -21,7 +21,7 @@ from rich.text import Text
 
 from gradlite.compare.experiment import Experiment
 from gradlite.compare.record import Record, read_record, read_records, write_record
-from gradlite.compare.runs import BAD_INPUT, STEP, RunSpec, further_seeds, num_runs, sweep
+from gradlite.compare.runs import BAD_INPUT, NOTICE, STEP, RunSpec, further_seeds, num_runs, sweep
 from gradlite.errors import GradLiteError
 from gradlite.methods import check_options
 from gradlite.train.words import in_bytes, in_time
@@ -155,7 +155,8 @@ class Runner:
             code = _run_process([sys.executable, *arguments], errors, on_step)
         if path.exists():
             return read_record(path)
-        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        said = [line for line in lines if not line.startswith(NOTICE)]
         if code == BAD_INPUT and said:
             raise GradLiteError(said[-1])
         record = _without_word(spec, code, said)

@@ -13,6 +13,9 @@ from gradlite.compare.record import Record, Status
 STEP = "step "
 """What a worker's line about a step begins with on its standard output, before a JSON object; libraries write other lines."""
 
+NOTICE = "notice: "
+"""What a line about its data begins with in a worker's log, which is no reason for its end."""
+
 BAD_INPUT = 2
 """A worker's exit code where model or data cannot be had, so that no run can be done; its last line says why."""
 

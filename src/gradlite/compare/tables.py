@@ -253,7 +253,18 @@ def _work_notes(records: Sequence[Record]) -> tuple[str, ...]:
         f"{run.model} on {run.dataset}, {run.dtype}, {run.steps} steps of {run.batch_size} × {run.seq_len} tokens at most."
         for run in records
     )
-    return (*works, *_circumstance_notes(records))
+    return (*works, *_row_notes(records), *_circumstance_notes(records))
+
+
+def _row_notes(records: Sequence[Record]) -> Iterator[str]:
+    """Said where fewer rows are evaluated than were put aside for it."""
+    known = ((run.held_out_rows, run.evaluated_rows, run.seq_len) for run in records)
+    for asked, evaluated, seq_len in dict.fromkeys(known):
+        if asked is not None and evaluated is not None and evaluated < asked:
+            yield (
+                f"Of {asked} held-out rows {evaluated} are evaluated: the others have no question, or no answer within "
+                f"{seq_len} tokens."
+            )
 
 
 def _circumstance_notes(records: Sequence[Record]) -> Iterator[str]:
