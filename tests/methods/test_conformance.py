@@ -236,8 +236,9 @@ def test_clipping_bounds_the_norm_or_is_refused(name: str) -> None:
     method.backward(loss_of(method, batch()))
     if not method.claims.clipping:
         assert math.isnan(method.clip(0.0))
-        with pytest.raises(GradLiteError, match="cannot clip"):
+        with pytest.raises(GradLiteError, match="cannot clip") as told:
             method.clip(1.0)
+        assert ("--method-options '{clip_grad_norm: 1}'" in str(told.value)) == ("lomo" in name)
         return
     norm = method.clip(0.0)
     assert norm == pytest.approx(total_norm(method.model), rel=1e-5)
@@ -416,6 +417,8 @@ def test_a_missing_package_is_told_with_the_command(name: str, package: str, mon
         (("galroe", {}), "unknown method 'galroe'; did you mean 'galore'?"),
         (("galore", {"rnak": 4}), "method 'galore' has no option 'rnak'; did you mean 'rank'?"),
         (("galore", {"rank": 0}), "method 'galore': rank is 0, but it should be greater than or equal to 1."),
+        (("adamw", {"lr": math.nan}), "method 'adamw': lr is nan, but it should be a finite number."),
+        (("adamw", {"eps": math.inf}), "method 'adamw': eps is inf, but it should be a finite number."),
         (("apollo", {"scale_type": "row"}), "method 'apollo': scale_type is 'row', but it should be 'channel' or 'tensor'."),
         (("gradlite", {"rnak": 4}), "unknown keyword 'rnak'; did you mean 'rank'?"),
         (("gradlite", {"checkpointing": True}), "unknown keyword 'checkpointing'; known are"),
@@ -425,7 +428,7 @@ def test_a_missing_package_is_told_with_the_command(name: str, package: str, mon
 )
 def test_what_does_not_fit_is_told_in_a_sentence(call: tuple[str, dict[str, Any]], sentence: str) -> None:
     with pytest.raises(GradLiteError) as caught:
-        gradlite.methods.build(call[0], llama(), lr=1e-3, **call[1])
+        gradlite.methods.build(call[0], llama(), **{"lr": 1e-3, **call[1]})
     assert sentence in str(caught.value)
 
 

@@ -26,8 +26,8 @@ from torch.optim import Optimizer
 
 from gradlite.errors import GradLiteError
 
-Rate = Annotated[float, Field(ge=0)]
-Epsilon = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Epsilon = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Betas = tuple[Decay, Decay]
 Count = Annotated[int, Field(ge=1)]
