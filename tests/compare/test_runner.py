@@ -248,6 +248,29 @@ def test_tables_are_given_all_that_is_there(tmp_path: Path, model_dir: Path, sum
     assert len(given[-1]) == 4
 
 
+def test_tables_show_what_another_call_wrote_meanwhile(tmp_path: Path, model_dir: Path, sums: Path, workers: Install) -> None:
+    work = experiment(model_dir, sums, seeds=[0])
+    ours, theirs = sweep(work)
+    write_record(tmp_path / "records", ours.record("ok"))
+    part = work.model_copy(update={"methods": work.methods[1:]})
+    read: list[int] = []
+
+    def other_call_writes(spec: RunSpec) -> Record:
+        write_record(tmp_path / "records", good(ours))
+        write_record(tmp_path / "records", good(ours).model_copy(update={"run": "later"}))
+        return good(spec)
+
+    given: list[Sequence[Record]] = []
+    runner = Runner(tmp_path, "", Console(file=io.StringIO()), given.append)
+    read.append(len(runner.records))
+    workers(other_call_writes)
+    runner.run([part])
+    assert read == [1]
+    assert {record.run: len(record.held_out) for record in given[-1]} == {ours.run: 1, theirs.run: 1, "later": 1}
+    (tmp_path / "records" / "later.json").unlink()
+    assert {record.run for record in runner.records} == {ours.run, theirs.run}
+
+
 def test_an_interrupted_worker_is_ended(make_spec: MakeSpec, tmp_path: Path) -> None:
     """The process itself is interrupted while its worker waits: the worker must be gone afterwards."""
     program = (

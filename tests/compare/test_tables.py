@@ -130,6 +130,26 @@ def test_quality_takes_the_best_rate_of_the_first_seed_and_the_mean_of_all_seeds
         assert table.notes[-1] == "Held-out loss before training: 3.0000."
 
 
+def test_the_sweep_is_the_first_seeds_however_many_rates_another_ran() -> None:
+    """Seed 0 chose 2e-4 for seed 1, which a later call gave more rates."""
+    records = [
+        measured("a", 1.0, 10, 0, lr=1e-4, held_out=[HeldOut(step=3, loss=1.2, seconds=1)]),
+        measured("a", 2.0, 20, 0, lr=2e-4, held_out=[HeldOut(step=3, loss=1.0, seconds=1)]),
+        *(
+            measured("a", 4.0, 40, 1, lr=lr, held_out=[HeldOut(step=3, loss=loss, seconds=1)])
+            for lr, loss in ((1e-4, 0.8), (2e-4, 0.9), (4e-4, 1.0))
+        ),
+    ]
+    own, most = quality_table(records, "T", first_seed=0), quality_table(records, "T")
+    assert cell(own, "a", "Best rate") == "0.0002"
+    assert cell(own, "a", "Held-out loss by learning rate, first seed (nats/token)") == "0.0001: 1.2000, 0.0002: 1.0000"
+    assert cell(own, "a", "Held-out loss, mean over seeds (nats/token)") == "0.9500"
+    assert cell(most, "a", "Best rate") == "0.0001"
+    assert cell(quality_table(records, "T", first_seed=7), "a", "Best rate") == "0.0001"  # which ran nothing
+    assert cell(memory_table(records, "T", first_seed=0), "a", "Peak above weights (GB)") == "2.000"
+    assert cell(category_table(records, "T", first_seed=0), "a", "Gradients (GB)") == "1.000"
+
+
 def test_a_difference_is_of_the_seeds_that_both_rows_have() -> None:
     records = [
         *(record("a", seed=seed, loss=loss) for seed, loss in enumerate((1.0, 2.0, 9.0))),
@@ -185,6 +205,8 @@ def test_a_best_rate_at_the_edge_of_the_sweep_is_remarked() -> None:
     assert remark(1.0, 1.1, 1.2) == "best rate is the lowest tried"
     assert remark(1.2, 1.1, 1.0) == "best rate is the highest tried"
     assert remark(1.2, 1.0, 1.1) == ""
+    assert remark(1.0, 1.1) == "best rate is the lowest tried"
+    assert remark(1.1, 1.0) == "best rate is the highest tried"
     assert remark(1.0) == ""
 
 

@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from rich.live import Live
 from rich.text import Text
 
 from gradlite.compare.experiment import Experiment
-from gradlite.compare.record import Record, read_record, read_records, write_record
+from gradlite.compare.record import Record, read_record, write_record
 from gradlite.compare.runs import BAD_INPUT, NOTICE, STEP, RunSpec, further_seeds, num_runs, sweep
 from gradlite.errors import GradLiteError
 from gradlite.methods import check_options
@@ -50,6 +49,7 @@ class Runner:
         self._on_record = on_record
         self._retry_failed = retry_failed
         self._records: dict[str, Record] = {}
+        self._files: dict[Path, tuple[tuple[int, int, int], Record]] = {}  # as they were when they were read
         self._seconds: dict[str, list[float]] = {}  # of the runs done now, by experiment
 
     def check(self, experiments: Sequence[Experiment]) -> None:
@@ -92,14 +92,24 @@ class Runner:
         others = (record for record in made if record.experiment != spec.experiment)
         return next((named for record in others if (named := spec.named_here(record)) is not None), None)
 
-    @cached_property
-    def _there_before(self) -> list[Record]:
-        return read_records(self.records_dir) if any(self.records_dir.glob("*.json")) else []
-
     @property
     def records(self) -> list[Record]:
-        """All of the directory: those of this call's runs, and what was there before."""
-        return list({**{record.run: record for record in self._there_before}, **self._records}.values())
+        """All of the directory as it is now: another call may write into it, too."""
+        there = [record for path in sorted(self.records_dir.glob("*.json")) if (record := self._read(path)) is not None]
+        return list({**{record.run: record for record in there}, **self._records}.values())
+
+    def _read(self, path: Path) -> Record | None:
+        """A file that has not changed is not read again; None for one that is gone: its run is being done anew."""
+        try:
+            found = path.stat()
+            stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
+            if path not in self._files or self._files[path][0] != stamp:
+                self._files[path] = (stamp, read_record(path))
+        except (FileNotFoundError, GradLiteError):
+            if path.exists():
+                raise
+            return None
+        return self._files[path][1]
 
     def run(self, experiments: Sequence[Experiment]) -> list[Record]:
         """The experiments' records, in the order of the runs. A run that fails is a record with its reason."""

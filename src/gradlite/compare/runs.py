@@ -1,5 +1,6 @@
 """What is to be run: one specification a run, and the learning rate that the other seeds get."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ class RunSpec(BaseModel):
         own |= {"model": public_name(self.model), "dataset": public_name(self.dataset)}
         own |= {"model_fingerprint": fingerprint(self.model), "dataset_fingerprint": fingerprint(self.dataset)}
         if reason is not None:
-            reason = reason.replace(self.model, own["model"]).replace(self.dataset, own["dataset"])
+            reason = _without_places(_without_places(reason, self.model), self.dataset)
         return Record.model_validate({**own, "status": status, "reason": reason, **measured})
 
     def differs_from(self, record: Record) -> str | None:
@@ -89,6 +90,15 @@ def public_name(source: str) -> str:
     """The last part of a path that exists here; hub ids and names of what is embedded as they are."""
     path = Path(source).expanduser()
     return path.resolve().name if path.exists() or path.is_absolute() else source
+
+
+def _without_places(text: str, source: str) -> str:
+    """The text without where ``source`` lies on this machine; a name without a directory (``.`` too) tells nothing of that."""
+    path = Path(source).expanduser()
+    written = {source.rstrip("/"), str(path), str(path.resolve())} if path.exists() or path.is_absolute() else set()
+    for place in sorted((place for place in written if "/" in place and place.strip("/.")), key=len, reverse=True):
+        text = re.sub(re.escape(place) + r"(?![\w-])", lambda _: public_name(source), text)
+    return text
 
 
 def spec_of(experiment: Experiment, entry: MethodEntry, lr: float, seed: int) -> RunSpec:
