@@ -467,6 +467,15 @@ def test_badam_goes_on_with_the_blocks_in_the_order_drawn_before() -> None:
         assert changed(weights(method.model), resumed.model) == set()
 
 
+def test_the_docs_name_every_option() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    rows = [line.split("|")[1:3] for line in page.split("## Options")[1].splitlines() if line.startswith("| ")]
+    for name in set(gradlite.methods.names()) - {"gradlite"}:
+        for option in gradlite.methods._known(gradlite.methods._factory(name)):
+            mine = [(who.startswith(" all but") != (f"`{name}`" in who)) and f"`{option}`" in what for who, what in rows]
+            assert any(mine), (name, option)
+
+
 def test_names_are_known_without_torch() -> None:
     code = "import sys, gradlite.methods; gradlite.methods.names(); sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(Path(gradlite.__file__).parents[1])}
