@@ -90,8 +90,8 @@ class Lomo(FusedBackward):
 
     optimizer: Any
     clipping_instead = (
-        ", or give the method an option that clips by a second backward pass: --method-options '{clip_grad_norm: 1}' on the "
-        "command line, clip_grad_norm=1 in gradlite.methods.build"
+        ", or build the method with clip_grad_norm (on the command line --method-options '{clip_grad_norm: 1}'), "
+        "which clips by a second backward pass"
     )
 
     def __init__(self, name: str, model: nn.Module, optimizer: Optimizer, *, checkpointing: bool) -> None:
