@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gradlite.compare.experiment import PRESETS, choose_experiments, load_experiment
+from gradlite.compare.experiment import PRESETS, choose_experiments, load_experiment, restrict
 from gradlite.errors import GradLiteError
 from gradlite.methods import names
 
@@ -47,6 +47,8 @@ def test_a_file_overrides_the_default_and_flags_override_the_file(tmp_path: Path
         ("baselines: [B]\nmethods: [{label: A, method: adamw}]", "baselines names 'B', but no method has that label"),
         ("seeds: [0, 1, 0]\nmethods: [{label: A, method: adamw}]", "mine.yaml: seeds: 0 is named twice"),
         ("learning_rates: [1.0e-3, 1.0e-3]\nmethods: [{label: A, method: adamw}]", "learning_rates: 0.001 is named twice"),
+        ("methods: [{label: A, method: adamw, learning_rates: [1.0e-3, 2.0e-3, 0.001]}]", "0.001 is named twice"),
+        ("rates: {lora: [1.0e-3, 1.0e-3]}\nmethods: [{label: A, method: adamw}]", "rates: lora: 0.001 is named twice"),
         ('methods: [{label: "A, B", method: adamw}]', "'A, B' has a comma, and --methods could not name it"),
         ("rates: {galroe: [1.0e-3]}\nmethods: [{label: A, method: adamw}]", "unknown method 'galroe'"),
         ("rates: [1e-3]", "rates must be a mapping"),
@@ -70,6 +72,17 @@ def test_a_rows_own_rates_come_before_the_files_and_the_flag_before_both(tmp_pat
     assert [own.rates_of(entry) for entry in own.methods] == [[2e-3], [1e-3]]
     flagged = load_experiment(file, {"learning_rates": [3e-3]})
     assert [flagged.rates_of(entry) for entry in flagged.methods] == [[3e-3], [3e-3]]
+
+
+def test_a_row_that_is_added_by_name_is_checked(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("held_out_rows: 0\nmethods: [{label: Adamw8bit, method: adamw, learning_rates: [1.0e-3]}]")
+    with pytest.raises(GradLiteError, match=r"--methods with the experiment 'mine': several learning rates need held_out_rows"):
+        restrict([load_experiment(file)], ["lora"])
+    single = load_experiment(file, {"learning_rates": [1e-3]})
+    assert [entry.label for entry in restrict([single], ["lora"])[0].methods] == ["lora"]
+    with pytest.raises(GradLiteError, match=r"two methods have the label 'Adamw8bit'"):
+        restrict([single], ["adamw", "adamw8bit"])
 
 
 def test_a_choice_of_methods() -> None:

@@ -43,3 +43,21 @@ def test_the_process_is_measured_on_a_batch_like_the_watched_one(
     assert memory is not None
     assert memory.process_peak_above_weights_bytes == expected
     assert memory.peak_above_weights_bytes > 0
+    assert "memory of step" not in (memory.note or "")
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_too_short_for_the_reported_step_says_which_step_it_is(steps: int) -> None:
+    model = Tiny()
+
+    def build() -> tuple[Method, LRScheduler]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return Method("tiny", model, optimizer), LambdaLR(optimizer, lambda _: 1.0)
+
+    ones = torch.ones(2, 7, dtype=torch.long)
+    loop = Loop(build, torch.device("cpu"), 1.0, weight_bytes=80, anonymous_bytes=None)
+    loop.run([{"input_ids": ones, "attention_mask": ones}] * steps, lambda _: None)
+    memory = loop.measured.memory
+    assert memory is not None
+    assert memory.note is not None
+    assert f"memory of step {steps}, not 3" in memory.note

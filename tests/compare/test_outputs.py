@@ -54,13 +54,25 @@ def test_tables_are_files(tmp_path: Path, quality: Experiment, records: list[Rec
     text = (tmp_path / "new" / "tables.md").read_text()
     assert "## Held-out loss" in text
     assert "| failed: no such package |" in text
-    memory = [sweep(other)[0].record("ok")]
+    memory = [spec.record("ok") for spec in sweep(other)[:2]]
     assert list(tables_of([quality, other], [*records, *memory])) == [
         "paper-small-quality",
         "paper-small-memory",
         "paper-small-memory-ratios",
         "paper-small-memory-categories",
     ]
+
+
+def test_the_first_seed_of_the_tables_is_the_runs(quality: Experiment, records: list[Record]) -> None:
+    other = records[0].model_copy(update={"seed": 1, "run": "x"})
+    more = [other.model_copy(update={"lr": lr, "run": f"{lr}"}) for lr in (1e-3, 2e-3)]
+    (table,) = tables_of([quality], [records[0], other, *more]).values()
+    assert table.rows[0][1] == "0.0001: 1.5000"
+
+
+def test_a_memory_experiment_without_baselines_has_no_ratios() -> None:
+    own = load_experiment("paper-small-memory", {"baselines": []})
+    assert list(tables_of([own], [sweep(own)[0].record("ok")])) == ["paper-small-memory", "paper-small-memory-categories"]
 
 
 def test_tables_show_the_records_of_their_work_alone(quality: Experiment, records: list[Record]) -> None:

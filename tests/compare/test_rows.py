@@ -1,6 +1,8 @@
 """What a run trains on and is judged on."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -52,6 +54,25 @@ def test_full_rows_fill_the_length(make_spec: MakeSpec, tokenizer: PreTrainedTok
     full = prepare(make_spec(full_rows=True, seq_len=sorted(lengths)[1]), tokenizer)
     assert len(lengths) > 1
     assert {len(row["input_ids"]) for step in full.steps for row in step} == {sorted(lengths)[1]}
+
+
+def test_what_is_left_out_is_told(make_spec: MakeSpec, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    assert prepare(make_spec(), tokenizer).notices == []
+
+    def row(number: int) -> dict[str, str]:
+        question = f"{number} and 1 " * (40 if number % 5 == 0 else 1)  # of which no answer is left within 96 tokens
+        return {"prompt": question, "completion": "" if number % 5 == 1 else "yes"}
+
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row(number)) + "\n" for number in range(40)))
+    work = prepare(make_spec(dataset=str(file), held_out_rows=10, steps=40), tokenizer)
+    assert len(work.held_out) == 6
+    assert work.notices == [
+        "6 training rows without a question or an answer were left out.",
+        "6 training rows have no answer within 96 tokens and were passed over.",
+        "2 held-out rows without a question or an answer are not evaluated.",
+        "2 held-out rows have no answer within 96 tokens and are not evaluated.",
+    ]
 
 
 @pytest.mark.parametrize(

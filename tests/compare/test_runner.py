@@ -14,11 +14,12 @@ from rich.console import Console
 
 from gradlite.compare import runner as runner_module
 from gradlite.compare.dry_run import show_runs
-from gradlite.compare.experiment import Experiment, load_experiment
+from gradlite.compare.experiment import PRESETS, Experiment, load_experiment
 from gradlite.compare.record import HeldOut, Record, read_records, write_record
 from gradlite.compare.runner import Runner
 from gradlite.compare.runs import RunSpec, sweep
 from gradlite.errors import GradLiteError
+from gradlite.methods import check_options
 
 MakeSpec = Callable[..., RunSpec]
 Process = Callable[[Sequence[str], Any, Callable[[Mapping[str, Any]], None]], int]
@@ -59,7 +60,7 @@ class Workers:
         on_step({"step": 1, "loss": 2.0, "tokens_per_second": 10.0, "peak_bytes": 10})
         outcome = self.outcome(spec)
         if isinstance(outcome, int):
-            errors.write("a trace\nthe last line\n")
+            errors.write("a trace\nthe last line\nnotice: 3 rows were left out.\n")
             errors.flush()
             return outcome
         write_record(Path(command[4]), outcome)
@@ -145,6 +146,60 @@ def test_records_of_other_work_are_refused(tmp_path: Path, model_dir: Path, sums
         make_runner(tmp_path).run([experiment(model_dir, sums, steps=3)])
 
 
+def test_a_failed_run_is_done_anew_with_a_corrected_option(
+    tmp_path: Path, model_dir: Path, sums: Path, workers: Install
+) -> None:
+    def work(**options: object) -> Experiment:
+        row = {"label": "LoRA", "method": "lora", "options": options}
+        return experiment(model_dir, sums, methods=[row], baselines=[], seeds=[0])
+
+    workers(lambda spec: spec.record("failed", "no such option"))
+    make_runner(tmp_path).run([work(rank=300)])
+    again = workers(good)
+    with pytest.raises(GradLiteError, match=r"its options differs\); choose another --output-dir, or give --retry-failed"):
+        make_runner(tmp_path).run([work(rank=3)])
+    (record,) = make_runner(tmp_path, retry_failed=True).run([work(rank=3)])
+    assert (record.status, record.options["rank"]) == ("ok", 3)
+    assert len(again.runs) == 1
+    with pytest.raises(GradLiteError, match=r"its options differs\); choose another --output-dir, or delete it"):
+        make_runner(tmp_path, retry_failed=True).run([work(rank=4)])
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"method": "lora", "options": {"rnk": 3}}, r"^method 'lora' has no option 'rnk'; did you mean 'rank'\?$"),
+        (
+            {"method": "lora", "options": {"rank": -4}},
+            r"^method 'lora': rank is -4, but it should be greater than or equal to 1",
+        ),
+        ({"method": "gradlite", "options": {"hold": "int9"}}, r"^method 'gradlite': hold is 'int9', but it should be 'exact',"),
+        ({"method": "gradlite", "options": {"rank": -4}}, r"rank"),
+        (
+            {"method": "gradlite", "options": {"checkpointing": True}},
+            r"^method 'gradlite' has no option 'checkpointing'; known",
+        ),
+        ({"method": "adamw", "options": {"lr": 1e-3}}, r"^method 'adamw' has no option 'lr'"),
+    ],
+)
+def test_options_are_checked_before_anything_runs(
+    tmp_path: Path, model_dir: Path, sums: Path, workers: Install, row: dict[str, object], sentence: str
+) -> None:
+    work, only = experiment(model_dir, sums, methods=[{"label": "A", **row}], baselines=[]), workers(good)
+    with pytest.raises(GradLiteError, match=sentence):
+        make_runner(tmp_path).run([work])
+    with pytest.raises(GradLiteError, match=sentence):
+        show_runs([work], tmp_path, Console(file=io.StringIO()))
+    assert only.runs == []
+
+
+def test_the_options_of_shipped_experiments_are_accepted() -> None:
+    for names in PRESETS.values():
+        for name in names.values():
+            for entry in load_experiment(name).methods:
+                check_options(entry.method, entry.options)
+
+
 def test_the_count_of_runs_covers_all_experiments(tmp_path: Path, model_dir: Path, sums: Path, workers: Install) -> None:
     workers(good)
     first = experiment(model_dir, sums)
@@ -193,6 +248,29 @@ def test_tables_are_given_all_that_is_there(tmp_path: Path, model_dir: Path, sum
     assert len(given[-1]) == 4
 
 
+def test_tables_show_what_another_call_wrote_meanwhile(tmp_path: Path, model_dir: Path, sums: Path, workers: Install) -> None:
+    work = experiment(model_dir, sums, seeds=[0])
+    ours, theirs = sweep(work)
+    write_record(tmp_path / "records", ours.record("ok"))
+    part = work.model_copy(update={"methods": work.methods[1:]})
+    read: list[int] = []
+
+    def other_call_writes(spec: RunSpec) -> Record:
+        write_record(tmp_path / "records", good(ours))
+        write_record(tmp_path / "records", good(ours).model_copy(update={"run": "later"}))
+        return good(spec)
+
+    given: list[Sequence[Record]] = []
+    runner = Runner(tmp_path, "", Console(file=io.StringIO()), given.append)
+    read.append(len(runner.records))
+    workers(other_call_writes)
+    runner.run([part])
+    assert read == [1]
+    assert {record.run: len(record.held_out) for record in given[-1]} == {ours.run: 1, theirs.run: 1, "later": 1}
+    (tmp_path / "records" / "later.json").unlink()
+    assert {record.run for record in runner.records} == {ours.run, theirs.run}
+
+
 def test_an_interrupted_worker_is_ended(make_spec: MakeSpec, tmp_path: Path) -> None:
     """The process itself is interrupted while its worker waits: the worker must be gone afterwards."""
     program = (
@@ -239,3 +317,11 @@ def test_a_dry_run_lists_what_is_due_and_does_nothing(model_dir: Path, sums: Pat
     assert f"{failed.run} " in shown[True]
     assert "adamw-lr0.001-seed1" in shown[False]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_tells_a_memory_experiment_with_too_few_steps(model_dir: Path, sums: Path, tmp_path: Path) -> None:
+    for steps, kind, told in ((2, "memory", True), (3, "memory", False), (2, "quality", False)):
+        screen = io.StringIO()
+        work = experiment(model_dir, sums, steps=steps, kind=kind)
+        show_runs([work], tmp_path, Console(file=screen, width=200))
+        assert ("paper-small-quality: memory of step 2, not 3" in screen.getvalue()) == told

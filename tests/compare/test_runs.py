@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from gradlite.compare.experiment import Experiment, load_experiment
 from gradlite.compare.record import HeldOut, Record
 from gradlite.compare.runs import RunSpec, best_rate, further_seeds, num_runs, sweep
@@ -58,6 +60,17 @@ def test_a_record_names_files_and_not_their_places(make_spec: MakeSpec, sums: Pa
     record = make_spec(label="A").record("failed", f"cannot read {sums}")
     assert (record.dataset, record.model, record.reason) == ("sums.jsonl", "tiny", "cannot read sums.jsonl")
     assert str(sums.parent) not in record.model_dump_json()
+
+
+def test_a_reason_is_not_rewritten_by_a_name_without_a_place(
+    make_spec: MakeSpec, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sums.parent)
+    here = str(Path.cwd())
+    record = make_spec(model=".").record("failed", f"3.5 GB. See {here}/config.json, {here}-other and ./x.")
+    assert record.reason == f"3.5 GB. See {sums.parent.name}/config.json, {here}-other and ./x."
+    nearby = make_spec(dataset=f"../{sums.parent.name}/sums.jsonl").record("failed", f"../{sums.parent.name}/sums.jsonl: no.")
+    assert nearby.reason == "sums.jsonl: no."
 
 
 def test_a_record_of_other_work_is_noticed(make_spec: MakeSpec) -> None:

@@ -88,6 +88,12 @@ def test_memory_and_throughput() -> None:
     assert table.notes == ("m on d, float32, 3 steps of 2 × 8 tokens at most.",)
 
 
+def test_memory_of_a_run_too_short_for_it_is_remarked() -> None:
+    table = memory_table([measured("a", 1.0, 1, steps=2), measured("b", 1.0, 1, steps=3)], "T")
+    assert cell(table, "a", "Remark").startswith("memory of step 2, not 3: ")
+    assert cell(table, "b", "Remark") == ""
+
+
 def test_bytes_by_category() -> None:
     table = category_table([measured("a", 2.0, 1), record("bad", status="failed", reason="x")], "T")
     assert table.columns[1:] == (
@@ -124,6 +130,26 @@ def test_quality_takes_the_best_rate_of_the_first_seed_and_the_mean_of_all_seeds
         assert table.notes[-1] == "Held-out loss before training: 3.0000."
 
 
+def test_the_sweep_is_the_first_seeds_however_many_rates_another_ran() -> None:
+    """Seed 0 chose 2e-4 for seed 1, which a later call gave more rates."""
+    records = [
+        measured("a", 1.0, 10, 0, lr=1e-4, held_out=[HeldOut(step=3, loss=1.2, seconds=1)]),
+        measured("a", 2.0, 20, 0, lr=2e-4, held_out=[HeldOut(step=3, loss=1.0, seconds=1)]),
+        *(
+            measured("a", 4.0, 40, 1, lr=lr, held_out=[HeldOut(step=3, loss=loss, seconds=1)])
+            for lr, loss in ((1e-4, 0.8), (2e-4, 0.9), (4e-4, 1.0))
+        ),
+    ]
+    own, most = quality_table(records, "T", first_seed=0), quality_table(records, "T")
+    assert cell(own, "a", "Best rate") == "0.0002"
+    assert cell(own, "a", "Held-out loss by learning rate, first seed (nats/token)") == "0.0001: 1.2000, 0.0002: 1.0000"
+    assert cell(own, "a", "Held-out loss, mean over seeds (nats/token)") == "0.9500"
+    assert cell(most, "a", "Best rate") == "0.0001"
+    assert cell(quality_table(records, "T", first_seed=7), "a", "Best rate") == "0.0001"  # which ran nothing
+    assert cell(memory_table(records, "T", first_seed=0), "a", "Peak above weights (GB)") == "2.000"
+    assert cell(category_table(records, "T", first_seed=0), "a", "Gradients (GB)") == "1.000"
+
+
 def test_a_difference_is_of_the_seeds_that_both_rows_have() -> None:
     records = [
         *(record("a", seed=seed, loss=loss) for seed, loss in enumerate((1.0, 2.0, 9.0))),
@@ -151,6 +177,13 @@ def test_memory_is_of_runs_with_equal_batches() -> None:
     assert cell(category_table(records, "T"), "a", "Gradients (GB)") == "1.000"
 
 
+def test_held_out_rows_that_are_not_evaluated_are_noted() -> None:
+    fewer = record("a", loss=1.0, held_out_rows=200, evaluated_rows=187)
+    (_, note, _) = quality_table([fewer, record("b", loss=1.0, held_out_rows=200)], "T").notes
+    assert note.startswith("Of 200 held-out rows 187 are evaluated: ")
+    assert len(quality_table([record("a", loss=1.0, held_out_rows=9, evaluated_rows=9)], "T").notes) == 2
+
+
 def test_what_makes_rows_no_fair_comparison_is_noted() -> None:
     same: dict[str, Any] = {"versions": {"torch": "2.13"}, "machine": {"num_threads": 2}}
     records = [record("a", loss=1.0, **same), record("b", loss=1.0, **same), record("c", loss=1.0)]
@@ -172,6 +205,8 @@ def test_a_best_rate_at_the_edge_of_the_sweep_is_remarked() -> None:
     assert remark(1.0, 1.1, 1.2) == "best rate is the lowest tried"
     assert remark(1.2, 1.1, 1.0) == "best rate is the highest tried"
     assert remark(1.2, 1.0, 1.1) == ""
+    assert remark(1.0, 1.1) == "best rate is the lowest tried"
+    assert remark(1.1, 1.0) == "best rate is the highest tried"
     assert remark(1.0) == ""
 
 

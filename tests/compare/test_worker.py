@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradlite import methods
+from gradlite.compare import worker as worker_module
 from gradlite.compare.loop import UNTIMED_STEPS
 from gradlite.compare.runs import RunSpec
 from gradlite.compare.worker import work
@@ -37,6 +38,7 @@ def test_a_run_leaves_a_whole_record(make_spec: MakeSpec, method: str, dtype: st
     assert record.final_held_out_loss < record.held_out[0].loss
     assert record.held_out_tokens is not None
     assert record.held_out_tokens > 0
+    assert record.evaluated_rows == 4
     assert len(record.step_seconds) == 8 - UNTIMED_STEPS
     assert record.tokens_per_second is not None
     assert record.tokens_per_second.min <= record.tokens_per_second.median <= record.tokens_per_second.max
@@ -103,7 +105,9 @@ def test_a_run_without_held_out_rows_is_measured_all_the_same(make_spec: MakeSpe
     assert record.memory is not None
 
 
-def test_an_option_that_a_method_does_not_know_is_its_rows_reason(make_spec: MakeSpec) -> None:
+def test_an_option_that_a_method_does_not_know_is_its_rows_reason(make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found before the model is loaded and evaluated."""
+    monkeypatch.setattr(worker_module, "load_model_and_tokenizer", None)
     record = work(make_spec(options={"rankk": 3}), "")
     assert record.status == "failed"
     assert record.reason is not None

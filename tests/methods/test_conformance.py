@@ -196,13 +196,49 @@ def test_halves_accumulate_to_the_whole_or_are_refused(name: str) -> None:
 
 
 @every_method
+def test_a_plain_backward_pass_trains_the_same_or_is_refused(name: str) -> None:
+    """By hand, with ``loss.backward()``: never other weights in silence."""
+    ours, plain = build(name), build(name)
+    step(ours, batch())
+    loss_of(plain, batch()).backward()
+    if name in ("lomo", "lomo-clipped", "adalomo", "adamw8bit-in-backward", "ldadam"):
+        with pytest.raises(GradLiteError, match=r"call method\.backward\(loss\) before every step\(\), and never loss"):
+            plain.step()
+        return
+    plain.step()
+    plain.zero_grad()
+    step(ours, batch(1))
+    loss_of(plain, batch(1)).backward()
+    plain.step()
+    assert changed(weights(ours.model), plain.model) == set()
+
+
+def test_ldadam_refuses_gradients_without_their_error_memory() -> None:
+    """Also where a plain backward pass came first and the method's own second; zeroed gradients are forgotten."""
+    method = build("ldadam")
+    step(method, batch())
+    loss_of(method, batch(1)).backward()
+    method.backward(loss_of(method, batch(2)))
+    with pytest.raises(GradLiteError, match="has a backward pass of its own"):
+        method.step()
+    method.zero_grad()
+    step(method, batch(3))
+    method.backward(loss_of(method, batch(4)))
+    method.zero_grad()
+    loss_of(method, batch(5)).backward()
+    with pytest.raises(GradLiteError, match="has a backward pass of its own"):
+        method.step()
+
+
+@every_method
 def test_clipping_bounds_the_norm_or_is_refused(name: str) -> None:
     method = build(name)
     method.backward(loss_of(method, batch()))
     if not method.claims.clipping:
         assert math.isnan(method.clip(0.0))
-        with pytest.raises(GradLiteError, match="cannot clip"):
+        with pytest.raises(GradLiteError, match="cannot clip") as told:
             method.clip(1.0)
+        assert ("--method-options '{clip_grad_norm: 1}'" in str(told.value)) == ("lomo" in name)
         return
     norm = method.clip(0.0)
     assert norm == pytest.approx(total_norm(method.model), rel=1e-5)
@@ -381,6 +417,8 @@ def test_a_missing_package_is_told_with_the_command(name: str, package: str, mon
         (("galroe", {}), "unknown method 'galroe'; did you mean 'galore'?"),
         (("galore", {"rnak": 4}), "method 'galore' has no option 'rnak'; did you mean 'rank'?"),
         (("galore", {"rank": 0}), "method 'galore': rank is 0, but it should be greater than or equal to 1."),
+        (("adamw", {"lr": math.nan}), "method 'adamw': lr is nan, but it should be a finite number."),
+        (("adamw", {"eps": math.inf}), "method 'adamw': eps is inf, but it should be a finite number."),
         (("apollo", {"scale_type": "row"}), "method 'apollo': scale_type is 'row', but it should be 'channel' or 'tensor'."),
         (("gradlite", {"rnak": 4}), "unknown keyword 'rnak'; did you mean 'rank'?"),
         (("gradlite", {"checkpointing": True}), "unknown keyword 'checkpointing'; known are"),
@@ -390,7 +428,7 @@ def test_a_missing_package_is_told_with_the_command(name: str, package: str, mon
 )
 def test_what_does_not_fit_is_told_in_a_sentence(call: tuple[str, dict[str, Any]], sentence: str) -> None:
     with pytest.raises(GradLiteError) as caught:
-        gradlite.methods.build(call[0], llama(), lr=1e-3, **call[1])
+        gradlite.methods.build(call[0], llama(), **{"lr": 1e-3, **call[1]})
     assert sentence in str(caught.value)
 
 
@@ -427,6 +465,15 @@ def test_badam_goes_on_with_the_blocks_in_the_order_drawn_before() -> None:
         step(method, batch())
         step(resumed, batch())
         assert changed(weights(method.model), resumed.model) == set()
+
+
+def test_the_docs_name_every_option() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    rows = [line.split("|")[1:3] for line in page.split("## Options")[1].splitlines() if line.startswith("| ")]
+    for name in set(gradlite.methods.names()) - {"gradlite"}:
+        for option in gradlite.methods._known(gradlite.methods._factory(name)):
+            mine = [(who.startswith(" all but") != (f"`{name}`" in who)) and f"`{option}`" in what for who, what in rows]
+            assert any(mine), (name, option)
 
 
 def test_names_are_known_without_torch() -> None:

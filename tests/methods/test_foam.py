@@ -4,16 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradlite.errors import GradLiteError
+from gradlite.methods import build
 from gradlite.methods.foam import Foam, fold, unfold
 
 
 def mean_matrix(width: int, level: int) -> Tensor:
-    """``A`` (width × blocks): each column averages one block of ``2^level`` rows; a short last block counts missing zeros."""
+    """``A`` (width × blocks): each column averages one block of ``2^level`` rows; a short last block averages its own."""
     block = 2**level
     matrix = torch.zeros(width, -(-width // block), dtype=torch.float64)
     for row in range(width):
-        matrix[row, row // block] = 1.0 / block
-    return matrix
+        matrix[row, row // block] = 1.0
+    return matrix / matrix.sum(0)
 
 
 @pytest.mark.parametrize(("width", "level"), [(16, 0), (16, 2), (16, 4), (13, 2), (6, 8)])
@@ -42,8 +44,26 @@ def test_foam_follows_the_equations(width: int, level: int) -> None:
 
 def test_folding_is_the_mean_of_blocks_and_back() -> None:
     row = torch.tensor([[1.0, 3.0, 5.0, 7.0, 6.0]])
-    assert fold(row, 1).tolist() == [[2.0, 6.0, 3.0]]
-    assert unfold(fold(row, 1), 5, 1).tolist() == [[2.0, 2.0, 6.0, 6.0, 3.0]]
+    assert fold(row, 1).tolist() == [[2.0, 6.0, 6.0]]
+    assert unfold(fold(row, 1), 5, 1).tolist() == [[2.0, 2.0, 6.0, 6.0, 6.0]]
+    assert fold(torch.ones(2, 576), 8).tolist() == [[1.0, 1.0, 1.0]] * 2
+    assert fold(torch.ones(2, 100), 8).tolist() == [[1.0]] * 2
+
+
+class Narrow(torch.nn.Module):
+    """Layers of 8 and 12 columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = torch.nn.Linear(8, 12)
+        self.attn = torch.nn.Linear(12, 8)
+
+
+def test_a_level_whose_blocks_no_layer_could_fill_is_refused() -> None:
+    build("foam", Narrow(), lr=1e-3, level=3)
+    for level in (4, 99):
+        with pytest.raises(GradLiteError, match=rf"level is {level}, .* has 12 columns; give a level of at most 3\.$"):
+            build("foam", Narrow(), lr=1e-3, level=level)
 
 
 def test_level_zero_has_no_residual_and_is_adamw_scaled() -> None:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from gradlite.compare.experiment import Experiment
 from gradlite.compare.runner import Runner
-from gradlite.compare.runs import further_seeds, num_runs, sweep
+from gradlite.compare.runs import further_seeds, num_runs, sweep, too_few_steps
 from gradlite.train.models import load_model_and_tokenizer
 from gradlite.train.quiet import quiet_libraries
 from gradlite.train.words import in_time
@@ -46,6 +46,10 @@ def show_runs(experiments: Sequence[Experiment], output_dir: Path, console: Cons
         num_due += len(due) + hidden
         num_tokens += (len(due) + hidden) * experiment.steps * experiment.batch_size * experiment.seq_len
     console.print(shown)
+    for experiment in experiments:
+        note = too_few_steps(experiment.steps) if experiment.kind == "memory" else None
+        if note is not None:
+            console.print(f"{experiment.name}: {note}; raise steps.")
     seconds = _seconds(experiments[0], num_tokens, console) if num_due else 0.0
     console.print(
         f"{num_due} runs, {num_tokens:,} tokens at most; about {in_time(seconds)} (h:mm:ss, or mm:ss) by the speed of one "

@@ -5,7 +5,7 @@ Importing this module is light: no torch, no transformers.
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
@@ -35,6 +35,19 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+def _once_each(numbers: list[Any], shown: Callable[[Any], str]) -> list[Any]:
+    names = [shown(number) for number in numbers]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is named twice")
+    return numbers
+
+
+def _rates_once_each(rates: list[float] | None) -> list[float] | None:
+    """Rates are told apart as the names of their runs show them."""
+    return None if rates is None else _once_each(rates, lambda rate: format(rate, "g"))
+
+
 class MethodEntry(_Part):
     """One row of a table: a method, its options, and what the table calls them.
 
@@ -53,6 +66,11 @@ class MethodEntry(_Part):
         if "," in label:
             raise ValueError(f"{label!r} has a comma, and --methods could not name it")
         return label
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _distinct_rates(cls, rates: list[float] | None) -> list[float] | None:
+        return _rates_once_each(rates)
 
     @property
     def slug(self) -> str:
@@ -85,14 +103,16 @@ class Experiment(_Part):
     learning_rates: list[Rate] | None = Field(None, min_length=1)
     rates: dict[str, list[Rate]]
 
-    @field_validator("seeds", "learning_rates")
+    @field_validator("seeds")
     @classmethod
-    def _once_each(cls, numbers: list[float] | None) -> list[float] | None:
+    def _distinct_seeds(cls, seeds: list[int]) -> list[int]:
         """A number that is named twice would count twice in means and spreads."""
-        twice = next((number for number in numbers or () if (numbers or ()).count(number) > 1), None)
-        if twice is not None:
-            raise ValueError(f"{twice:g} is named twice")
-        return numbers
+        return _once_each(seeds, str)
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _distinct_rates(cls, rates: list[float] | None) -> list[float] | None:
+        return _rates_once_each(rates)
 
     @field_validator("rates")
     @classmethod
@@ -100,23 +120,34 @@ class Experiment(_Part):
         wrong = next((problem for problem in map(unknown, rates) if problem is not None), None)
         if wrong is not None:
             raise ValueError(wrong.rstrip(".?"))
+        for method, own in rates.items():
+            try:
+                _rates_once_each(own)
+            except ValueError as error:
+                raise ValueError(f"{method}: {error}") from None
         return rates
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.held_out_rows > self.held_out_from_last:
             raise ValueError(f"held_out_rows is {self.held_out_rows}, more than held_out_from_last ({self.held_out_from_last})")
-        slugs = [entry.slug for entry in self.methods]
-        twice = next((entry.label for entry, slug in zip(self.methods, slugs, strict=True) if slugs.count(slug) > 1), None)
-        if twice is not None:
-            raise ValueError(f"two methods have the label {twice!r}, or ones that differ in signs only")
         without = next((name for name in self.baselines if name not in {entry.label for entry in self.methods}), None)
         if without is not None:
             raise ValueError(f"baselines names {without!r}, but no method has that label")
-        for entry in self.methods:
-            if len(self.rates_of(entry)) > 1 and not self.held_out_rows:
-                raise ValueError("several learning rates need held_out_rows, to choose between them")
+        self._check_rows(self.methods)
         return self
+
+    def _check_rows(self, rows: Sequence[MethodEntry]) -> None:
+        """Raises ValueError for rows that this experiment cannot have beside each other."""
+        slugs = [entry.slug for entry in rows]
+        twice = next((entry.label for entry, slug in zip(rows, slugs, strict=True) if slugs.count(slug) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two methods have the label {twice!r}, or ones that differ in signs only")
+        for entry in rows:
+            if len(self.rates_of(entry)) > 1 and not self.held_out_rows:
+                raise ValueError(
+                    "several learning rates need held_out_rows, to choose between them: give one rate (--lr), or held_out_rows"
+                )
 
     def rates_of(self, entry: MethodEntry) -> list[float]:
         """The learning rates that the first seed runs."""
@@ -139,9 +170,16 @@ class Experiment(_Part):
         return round(self.warmup * self.steps)
 
     def restricted_to(self, methods: Sequence[str], add_missing: Sequence[str] = ()) -> "Experiment | None":
-        """The rows whose method or label is among ``methods``, and plain rows for ``add_missing``; None if none is left."""
+        """The rows whose method or label is among ``methods``, and plain rows for ``add_missing``; None if none is left.
+
+        Raises GradLiteError for a row that the experiment cannot have.
+        """
         kept = [entry for entry in self.methods if entry.method in methods or entry.label in methods]
         added = [MethodEntry(label=name, method=name) for name in add_missing if self.kind != "ablation"]
+        try:
+            self._check_rows([*kept, *(entry for entry in added if unknown(entry.method) is None)])
+        except ValueError as error:
+            raise GradLiteError(f"--methods with the experiment {self.name!r}: {error}.") from None
         return self.model_copy(update={"methods": [*kept, *added]}) if kept or added else None
 
 

@@ -21,13 +21,13 @@ _WINDOW = 10
 _CATEGORIES = tuple(category for category in ByCategory.model_fields if category != "weights")
 
 
-def draw_memory(records: Sequence[Record], path: Path) -> bool:
+def draw_memory(records: Sequence[Record], path: Path, first_seed: int | None = None) -> bool:
     """Bars of what lives at the peak of a step beside the weights, stacked by category; False where nothing was measured.
 
     The last part is what the categories leave: weights that a method adds (adapters), and on CUDA what the allocator rounds up.
     """
     shown = [*_CATEGORIES, "added weights and the rest"]
-    bars = memory_bars(records)
+    bars = memory_bars(records, first_seed)
     if not bars:
         return False
     figure, axes = _figure(8, 1.6 + 0.42 * len(bars))
@@ -47,14 +47,14 @@ def draw_memory(records: Sequence[Record], path: Path) -> bool:
     return True
 
 
-def memory_bars(records: Sequence[Record]) -> dict[str, list[float]]:
+def memory_bars(records: Sequence[Record], first_seed: int | None = None) -> dict[str, list[float]]:
     """GB of each category but the weights, and of what they leave of the peak above the weights, by the name of the row.
 
     Of the run whose peak is the median (the lower one of two) of a row's runs with equal batches.
     """
     bars = {}
     for name, runs in by_name(records).items():
-        alike = with_equal_batches(at_best_rate(runs))
+        alike = with_equal_batches(at_best_rate(runs, first_seed))
         found = [run.memory for run in alike if run.memory and run.memory.by_category_bytes]
         if found:
             whole = median_low(memory.peak_above_weights_bytes for memory in found)
@@ -64,11 +64,11 @@ def memory_bars(records: Sequence[Record]) -> dict[str, list[float]]:
     return bars
 
 
-def draw_losses(records: Sequence[Record], path: Path) -> bool:
+def draw_losses(records: Sequence[Record], path: Path, first_seed: int | None = None) -> bool:
     """The training loss of each method at its best rate against steps and against seconds: mean over seeds, running mean."""
     curves = {}
     for name, runs in by_name(records).items():
-        whole = [run.curve for run in at_best_rate(runs) if run.curve.step]
+        whole = [run.curve for run in at_best_rate(runs, first_seed) if run.curve.step]
         if whole:
             losses = [mean(values) for values in zip(*(_running(curve.train_loss) for curve in whole), strict=True)]
             seconds = [mean(values) for values in zip(*(curve.seconds for curve in whole), strict=True)]
@@ -94,11 +94,11 @@ def draw_losses(records: Sequence[Record], path: Path) -> bool:
     return True
 
 
-def draw_trade_off(records: Sequence[Record], path: Path) -> bool:
+def draw_trade_off(records: Sequence[Record], path: Path, first_seed: int | None = None) -> bool:
     """Memory against held-out loss, speed as colour; where nothing was evaluated, memory against speed."""
     points = []
     for name, runs in by_name(records).items():
-        chosen = at_best_rate(runs)
+        chosen = at_best_rate(runs, first_seed)
         alike = with_equal_batches(chosen)
         peaks = [run.memory.peak_above_weights_bytes / _GB for run in alike if run.memory]
         speeds = [run.tokens_per_second.median for run in alike if run.tokens_per_second]

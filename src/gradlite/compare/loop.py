@@ -16,12 +16,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from gradlite.compare.record import ByCategory, Memory
+from gradlite.compare.runs import WATCHED_STEPS, too_few_steps
 from gradlite.measure.live_memory import AllocationWatch, StepMarks
 from gradlite.measure.process_memory import anonymous_peak_bytes, forget_peak, give_back_free_memory
 from gradlite.methods.method import ENERGY_EVERY, Method
-
-WATCHED_STEPS = 3
-"""The memory of the last of them is reported: by then every method has its state."""
 
 UNTIMED_STEPS = WATCHED_STEPS + 1
 
@@ -133,7 +131,10 @@ class Loop:
             torch.cuda.synchronize(self._device)
 
     def _memory(self, watch: AllocationWatch, process_peak: int | None) -> Memory:
-        """Of the last watched step. On CUDA the peak is the allocator's own, and the watch only splits it."""
+        """Of the last watched step. On CUDA the peak is the allocator's own, and the watch only splits it.
+
+        A run that was too short for the step that is to be reported says so.
+        """
         split = watch.peaks[-1]
         peak = split.total if self._allocator_peak_bytes is None else self._allocator_peak_bytes
         base = min(self._weight_bytes, split.weights)  # weights that a method keeps in four bits are no saving above them
@@ -141,6 +142,7 @@ class Loop:
         process = None if process_peak is None or self._anonymous_bytes is None else process_peak - self._anonymous_bytes
         earlier = max((one.total for one in watch.peaks[:-1]), default=0)
         notes = [
+            too_few_steps(len(watch.peaks)),
             _note(above, "live tensors", process, "the process's anonymous memory"),
             _note(peak, "the allocator", split.total, "the sum of the categories"),
             f"an earlier step peaked at {(earlier - base) / 1e9:.3f} GB above the weights"

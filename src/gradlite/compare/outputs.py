@@ -33,16 +33,19 @@ def tables_of(experiments: Sequence[Experiment], records: Sequence[Record]) -> d
     """The tables by the name of their file; experiments without a record yet have none."""
     found = {}
     for experiment in experiments:
-        own = records_of(experiment, records)
+        own, first_seed = records_of(experiment, records), experiment.seeds[0]
         title = experiment.title or experiment.name
         if not own:
             continue
         if experiment.kind == "memory":
-            found[experiment.name] = memory_table(own, title)
-            found[f"{experiment.name}-ratios"] = ratio_table(own, f"{title}: ratios", experiment.baselines)
-            found[f"{experiment.name}-categories"] = category_table(own, f"{title}: bytes at the moment of the peak")
+            found[experiment.name] = memory_table(own, title, first_seed)
+            ratios = ratio_table(own, f"{title}: ratios", experiment.baselines, first_seed)
+            if len(ratios.columns) > 1:  # without a baseline there are none
+                found[f"{experiment.name}-ratios"] = ratios
+            by_category = category_table(own, f"{title}: bytes at the moment of the peak", first_seed)
+            found[f"{experiment.name}-categories"] = by_category
         else:
-            found[experiment.name] = quality_table(own, title, experiment.baselines)
+            found[experiment.name] = quality_table(own, title, experiment.baselines, first_seed)
     return found
 
 
@@ -62,7 +65,7 @@ def draw_figures(output_dir: Path, experiments: Sequence[Experiment], records: S
         own = records_of(experiment, records)
         for name, draw in (("memory", draw_memory), ("losses", draw_losses), ("trade-off", draw_trade_off)):
             path = output_dir / f"{experiment.name}-{name}.png"
-            if not (name == "losses" and experiment.kind == "memory") and draw(own, path):
+            if not (name == "losses" and experiment.kind == "memory") and draw(own, path, experiment.seeds[0]):
                 drawn.append(path)
     return drawn
 

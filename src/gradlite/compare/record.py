@@ -96,7 +96,8 @@ class Record(_Part):
     ``label``: what the experiment calls this method with these options; rows of tables are named so. ``model_fingerprint``,
     ``dataset_fingerprint``: of what lay at a path, whose last part alone is the name (null for hub ids, for what is embedded,
     and in older records). ``max_grad_norm``: what was asked for; ``options`` has what was done. ``taken_from``: the run of
-    another experiment that did this very work.
+    another experiment that did this very work. ``evaluated_rows``: of the held-out rows those that have an answer within
+    ``seq_len`` tokens (null in older records).
     """
 
     record_version: Literal[1] = 1
@@ -125,6 +126,7 @@ class Record(_Part):
     reason: str | None = None
     curve: Curve = Curve()
     held_out: list[HeldOut] = []
+    evaluated_rows: int | None = None
     held_out_tokens: int | None = None
     tokens_per_second: Spread | None = None
     samples_per_second: Spread | None = None

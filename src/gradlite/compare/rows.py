@@ -27,10 +27,14 @@ class TooShort(GradLiteError):
 
 @dataclass(frozen=True)
 class Work:
-    """Each step's rows, and the held-out rows: input_ids and labels (-100 where the loss does not look)."""
+    """Each step's rows, and the held-out rows: input_ids and labels (-100 where the loss does not look).
+
+    ``notices``: sentences that say what was left out, and how many.
+    """
 
     steps: list[list[TokenRow]]
     held_out: list[TokenRow]
+    notices: list[str]
 
 
 def prepare(spec: RunSpec, tokenizer: PreTrainedTokenizerBase) -> Work:
@@ -49,14 +53,22 @@ def prepare(spec: RunSpec, tokenizer: PreTrainedTokenizerBase) -> Work:
     aside = sorted(random.Random(_HELD_OUT_SEED).sample(range(border, len(rows)), spec.held_out_rows))
     held_out = parse([rows[number] for number in aside], spec.dataset).examples if aside else []
     repeated = {repr(example) for example in held_out}
-    parsed = parse([rows[number] for number in range(border)], spec.dataset).examples
-    train = [example for example in parsed if repr(example) not in repeated]
+    parsed = parse([rows[number] for number in range(border)], spec.dataset)
+    train = [example for example in parsed.examples if repr(example) not in repeated]
     kept = tokenize(held_out, tokenizer, spec.seq_len, _TRAIN_ON).kept
     if held_out and not kept:
         raise GradLiteError(f"no held-out row of {spec.dataset!r} has an answer within {spec.seq_len} tokens; raise seq_len.")
-    endless = _endless(train, tokenizer, spec)
+    passed_over: set[int] = set()
+    endless = _endless(train, tokenizer, spec, passed_over)
     steps = [[next(endless) for _ in range(spec.batch_size)] for _ in range(spec.steps)]
-    return Work(steps, [_row(tokens) for tokens in kept])
+    counts = {
+        "training rows without a question or an answer were left out": parsed.num_empty,
+        "training rows are held-out rows word for word and were left out": len(parsed.examples) - len(train),
+        f"training rows have no answer within {spec.seq_len} tokens and were passed over": len(passed_over),
+        "held-out rows without a question or an answer are not evaluated": len(aside) - len(held_out),
+        f"held-out rows have no answer within {spec.seq_len} tokens and are not evaluated": len(held_out) - len(kept),
+    }
+    return Work(steps, [_row(tokens) for tokens in kept], [f"{count} {what}." for what, count in counts.items() if count])
 
 
 def _all_rows(dataset: str) -> Rows:
@@ -66,14 +78,21 @@ def _all_rows(dataset: str) -> Rows:
     return [*train, *held_out]
 
 
-def _endless(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, spec: RunSpec) -> Iterator[TokenRow]:
-    """Usable rows, epoch after epoch, each epoch in an order of its own."""
+def _endless(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, spec: RunSpec, passed_over: set[int]
+) -> Iterator[TokenRow]:
+    """Usable rows, epoch after epoch, each epoch in an order of its own; the numbers of rows without an answer go to
+    ``passed_over``.
+    """
     chance = random.Random(spec.seed)
     while True:
         order = chance.sample(range(len(examples)), len(examples))
         usable = False
         for number in order:
-            for tokens in tokenize([examples[number]], tokenizer, spec.seq_len, _TRAIN_ON).kept:
+            kept = tokenize([examples[number]], tokenizer, spec.seq_len, _TRAIN_ON).kept
+            if not kept:
+                passed_over.add(number)
+            for tokens in kept:
                 if len(tokens.ids) == spec.seq_len or not spec.full_rows:
                     usable = True
                     yield _row(tokens)

@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from rich.live import Live
 from rich.text import Text
 
 from gradlite.compare.experiment import Experiment
-from gradlite.compare.record import Record, read_record, read_records, write_record
-from gradlite.compare.runs import BAD_INPUT, STEP, RunSpec, further_seeds, num_runs, sweep
+from gradlite.compare.record import Record, read_record, write_record
+from gradlite.compare.runs import BAD_INPUT, NOTICE, STEP, RunSpec, further_seeds, num_runs, sweep
 from gradlite.errors import GradLiteError
+from gradlite.methods import check_options
 from gradlite.train.words import in_bytes, in_time
 
 _SECONDS_TO_END = 10.0
@@ -49,11 +49,18 @@ class Runner:
         self._on_record = on_record
         self._retry_failed = retry_failed
         self._records: dict[str, Record] = {}
+        self._files: dict[Path, tuple[tuple[int, int, int], Record]] = {}  # as they were when they were read
         self._seconds: dict[str, list[float]] = {}  # of the runs done now, by experiment
 
     def check(self, experiments: Sequence[Experiment]) -> None:
-        """Raises GradLiteError if a record that is there belongs to other work. Costs nothing, so it comes first."""
+        """Raises GradLiteError for an option that no model could have, and if a record that is there belongs to other work.
+
+        Costs next to nothing, so it comes first.
+        """
         for experiment in experiments:
+            for entry in experiment.methods:
+                if entry.options:  # without any there is nothing to check, and no need for torch
+                    check_options(entry.method, entry.options)
             for spec in sweep(experiment):
                 self.found(spec)
 
@@ -66,16 +73,18 @@ class Runner:
         if not path.exists():
             return self._found_elsewhere(spec)
         record = read_record(path)
+        failed = record.status != "ok"
+        if self._retry_failed and failed:  # whatever it was a record of: an option that was corrected, say
+            return None
         key = spec.differs_from(record)
         if key is not None:
             name = key.removesuffix("_fingerprint")
             what = f"its {name}" if name == key else f"the content of its {name}"
+            remedy = "give --retry-failed, which does failed runs anew" if failed else "delete it"
             raise GradLiteError(
-                f"{path} is the record of other work ({what} differs); choose another --output-dir, or delete it."
+                f"{path} is the record of other work ({what} differs); choose another --output-dir, or {remedy}."
             )
-        if record.taken_from is not None:
-            return self._found_elsewhere(spec)
-        return None if self._retry_failed and record.status != "ok" else record
+        return record if record.taken_from is None else self._found_elsewhere(spec)
 
     def _found_elsewhere(self, spec: RunSpec) -> Record | None:
         """Only of other experiments: rows of one experiment that do the same were asked for twice."""
@@ -83,14 +92,24 @@ class Runner:
         others = (record for record in made if record.experiment != spec.experiment)
         return next((named for record in others if (named := spec.named_here(record)) is not None), None)
 
-    @cached_property
-    def _there_before(self) -> list[Record]:
-        return read_records(self.records_dir) if any(self.records_dir.glob("*.json")) else []
-
     @property
     def records(self) -> list[Record]:
-        """All of the directory: those of this call's runs, and what was there before."""
-        return list({**{record.run: record for record in self._there_before}, **self._records}.values())
+        """All of the directory as it is now: another call may write into it, too."""
+        there = [record for path in sorted(self.records_dir.glob("*.json")) if (record := self._read(path)) is not None]
+        return list({**{record.run: record for record in there}, **self._records}.values())
+
+    def _read(self, path: Path) -> Record | None:
+        """A file that has not changed is not read again; None for one that is gone: its run is being done anew."""
+        try:
+            found = path.stat()
+            stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
+            if path not in self._files or self._files[path][0] != stamp:
+                self._files[path] = (stamp, read_record(path))
+        except (FileNotFoundError, GradLiteError):
+            if path.exists():
+                raise
+            return None
+        return self._files[path][1]
 
     def run(self, experiments: Sequence[Experiment]) -> list[Record]:
         """The experiments' records, in the order of the runs. A run that fails is a record with its reason."""
@@ -146,7 +165,8 @@ class Runner:
             code = _run_process([sys.executable, *arguments], errors, on_step)
         if path.exists():
             return read_record(path)
-        said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        said = [line for line in lines if not line.startswith(NOTICE)]
         if code == BAD_INPUT and said:
             raise GradLiteError(said[-1])
         record = _without_word(spec, code, said)

@@ -1,5 +1,6 @@
 """What is to be run: one specification a run, and the learning rate that the other seeds get."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,15 @@ from gradlite.compare.record import Record, Status
 STEP = "step "
 """What a worker's line about a step begins with on its standard output, before a JSON object; libraries write other lines."""
 
+NOTICE = "notice: "
+"""What a line about its data begins with in a worker's log, which is no reason for its end."""
+
 BAD_INPUT = 2
 """A worker's exit code where model or data cannot be had, so that no run can be done; its last line says why."""
 
+
+WATCHED_STEPS = 3
+"""The memory of the last of them is reported: by then every method has its state."""
 
 _NAMES = frozenset({"experiment", "run", "label"})
 """What a run is called, as against what it does."""
@@ -56,7 +63,7 @@ class RunSpec(BaseModel):
         own |= {"model": public_name(self.model), "dataset": public_name(self.dataset)}
         own |= {"model_fingerprint": fingerprint(self.model), "dataset_fingerprint": fingerprint(self.dataset)}
         if reason is not None:
-            reason = reason.replace(self.model, own["model"]).replace(self.dataset, own["dataset"])
+            reason = _without_places(_without_places(reason, self.model), self.dataset)
         return Record.model_validate({**own, "status": status, "reason": reason, **measured})
 
     def differs_from(self, record: Record) -> str | None:
@@ -83,6 +90,15 @@ def public_name(source: str) -> str:
     """The last part of a path that exists here; hub ids and names of what is embedded as they are."""
     path = Path(source).expanduser()
     return path.resolve().name if path.exists() or path.is_absolute() else source
+
+
+def _without_places(text: str, source: str) -> str:
+    """The text without where ``source`` lies on this machine; a name without a directory (``.`` too) tells nothing of that."""
+    path = Path(source).expanduser()
+    written = {source.rstrip("/"), str(path), str(path.resolve())} if path.exists() or path.is_absolute() else set()
+    for place in sorted((place for place in written if "/" in place and place.strip("/.")), key=len, reverse=True):
+        text = re.sub(re.escape(place) + r"(?![\w-])", lambda _: public_name(source), text)
+    return text
 
 
 def spec_of(experiment: Experiment, entry: MethodEntry, lr: float, seed: int) -> RunSpec:
@@ -119,6 +135,13 @@ def further_seeds(experiment: Experiment, records: Sequence[Record]) -> list[Run
     best = {entry.label: best_rate(_sweep_of(experiment, entry, records)) for entry in experiment.methods}
     found = ((seed, entry, best[entry.label]) for seed in experiment.seeds[1:] for entry in experiment.methods)
     return [spec_of(experiment, entry, lr, seed) for seed, entry, lr in found if lr is not None]
+
+
+def too_few_steps(steps: int) -> str | None:
+    """What a reader must know of the memory of a run of so few steps, or None."""
+    if steps >= WATCHED_STEPS:
+        return None
+    return f"memory of step {steps}, not {WATCHED_STEPS}: what a method makes in its first steps may be missing"
 
 
 def num_runs(experiment: Experiment) -> int:

@@ -2,6 +2,7 @@
 
 A row is a method with its options (the records' ``label``); rows stand in the order of their first records. A method without a
 single good run keeps its row, with the reason. Ratios are against the row named as baseline in the same records.
+``first_seed``: the seed whose sweep decides about the rate, as in the runs themselves.
 """
 
 import csv
@@ -14,7 +15,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from gradlite.compare.record import ByCategory, Record
-from gradlite.compare.runs import best_rate
+from gradlite.compare.runs import best_rate, too_few_steps
 
 NONE = "–"
 _GB = 1e9
@@ -30,11 +31,11 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-def memory_table(records: Sequence[Record], title: str) -> Table:
+def memory_table(records: Sequence[Record], title: str, first_seed: int | None = None) -> Table:
     """Peak memory above the weights and throughput: the median of the runs with equal batches, and the lowest and highest."""
     table = []
     for name, runs in by_name(records).items():
-        alike = with_equal_batches(at_best_rate(runs))
+        alike = with_equal_batches(at_best_rate(runs, first_seed))
         process = [
             run.memory.process_peak_above_weights_bytes / _GB
             for run in alike
@@ -50,7 +51,7 @@ def memory_table(records: Sequence[Record], title: str) -> Table:
                 _range(_speeds(alike), ".1f"),
                 _middle(samples, ".3f"),
                 str(len(alike)),
-                _remark(runs),
+                "; ".join(filter(None, [_remark(runs), _short(alike)])),
             )
         )
     columns = (
@@ -66,9 +67,9 @@ def memory_table(records: Sequence[Record], title: str) -> Table:
     return Table(title, columns, tuple(table), _work_notes(records))
 
 
-def ratio_table(records: Sequence[Record], title: str, baselines: Sequence[str]) -> Table:
+def ratio_table(records: Sequence[Record], title: str, baselines: Sequence[str], first_seed: int | None = None) -> Table:
     """Median peak above the weights and median throughput of each row, divided by those of the rows named as baselines."""
-    rows = {name: with_equal_batches(at_best_rate(runs)) for name, runs in by_name(records).items()}
+    rows = {name: with_equal_batches(at_best_rate(runs, first_seed)) for name, runs in by_name(records).items()}
     known = [name for name in baselines if name in rows]
     table = [
         (
@@ -82,12 +83,12 @@ def ratio_table(records: Sequence[Record], title: str, baselines: Sequence[str])
     return Table(title, columns, tuple(table))
 
 
-def category_table(records: Sequence[Record], title: str) -> Table:
+def category_table(records: Sequence[Record], title: str, first_seed: int | None = None) -> Table:
     """What lived at the moment of the peak, by what it was for: the median of the runs of each row."""
     categories = list(ByCategory.model_fields)
     table = []
     for name, runs in by_name(records).items():
-        alike = with_equal_batches(at_best_rate(runs))
+        alike = with_equal_batches(at_best_rate(runs, first_seed))
         found = [run.memory.by_category_bytes for run in alike if run.memory and run.memory.by_category_bytes]
         cells = [_middle([getattr(one, category) / _GB for one in found], ".3f") for category in categories]
         table.append((name, *cells))
@@ -95,17 +96,17 @@ def category_table(records: Sequence[Record], title: str) -> Table:
     return Table(title, columns, tuple(table))
 
 
-def quality_table(records: Sequence[Record], title: str, baselines: Sequence[str] = ()) -> Table:
+def quality_table(records: Sequence[Record], title: str, baselines: Sequence[str] = (), first_seed: int | None = None) -> Table:
     """Held-out loss: every rate of the sweep on its seed, and at the best rate the mean over the seeds, lowest and highest.
 
     Differences to baselines are of the means over the seeds that both rows have.
     """
     rows = by_name(records)
-    finals = {name: _by_seed(at_best_rate(runs)) for name, runs in rows.items()}
+    finals = {name: _by_seed(at_best_rate(runs, first_seed)) for name, runs in rows.items()}
     known = [name for name in baselines if name in rows]
     table = []
     for name, runs in rows.items():
-        swept = sweep_of(runs)
+        swept = sweep_of(runs, first_seed)
         best = best_rate(swept)
         table.append(
             (
@@ -142,10 +143,11 @@ def by_name(records: Iterable[Record]) -> dict[str, list[Record]]:
     return rows
 
 
-def sweep_of(runs: Sequence[Record]) -> list[Record]:
-    """The runs of the seed that ran the most rates: the first seed, in whatever order the records come."""
+def sweep_of(runs: Sequence[Record], first_seed: int | None = None) -> list[Record]:
+    """The runs of the first seed; where that is not told, or ran nothing, of the seed that ran the most rates."""
     seeds = [run.seed for run in runs]
-    return [run for run in runs if run.seed == max(seeds, key=seeds.count)]
+    chosen = first_seed if first_seed in seeds else max(seeds, key=seeds.count, default=None)
+    return [run for run in runs if run.seed == chosen]
 
 
 def with_equal_batches(runs: Sequence[Record]) -> list[Record]:
@@ -157,9 +159,9 @@ def with_equal_batches(runs: Sequence[Record]) -> list[Record]:
     return [run for run in runs if run.seed == min(run.seed for run in runs)]
 
 
-def at_best_rate(runs: Sequence[Record]) -> list[Record]:
+def at_best_rate(runs: Sequence[Record], first_seed: int | None = None) -> list[Record]:
     """The good runs of one row at the rate that was best on the first seed."""
-    best = best_rate(sweep_of(runs))
+    best = best_rate(sweep_of(runs, first_seed))
     return [run for run in runs if run.lr == best and run.status == "ok"]
 
 
@@ -235,10 +237,15 @@ def _remark(runs: Sequence[Record]) -> str:
     return "; ".join(dict.fromkeys([*reasons, *(["gradients not clipped"] if unclipped else [])]))
 
 
+def _short(runs: Sequence[Record]) -> str | None:
+    """Said of memory that was measured before every method has its state."""
+    return next((note for run in runs if run.memory is not None and (note := too_few_steps(run.steps))), None)
+
+
 def _edge(swept: Sequence[Record], best: float | None) -> str:
     """Said where a rate outside of the sweep may be better still."""
     tried = {run.lr for run in swept}
-    if best is None or len(tried) < 3 or min(tried) < best < max(tried):
+    if best is None or len(tried) < 2 or min(tried) < best < max(tried):
         return ""
     return f"best rate is the {'lowest' if best == min(tried) else 'highest'} tried"
 
@@ -248,7 +255,18 @@ def _work_notes(records: Sequence[Record]) -> tuple[str, ...]:
         f"{run.model} on {run.dataset}, {run.dtype}, {run.steps} steps of {run.batch_size} × {run.seq_len} tokens at most."
         for run in records
     )
-    return (*works, *_circumstance_notes(records))
+    return (*works, *_row_notes(records), *_circumstance_notes(records))
+
+
+def _row_notes(records: Sequence[Record]) -> Iterator[str]:
+    """Said where fewer rows are evaluated than were put aside for it."""
+    known = ((run.held_out_rows, run.evaluated_rows, run.seq_len) for run in records)
+    for asked, evaluated, seq_len in dict.fromkeys(known):
+        if asked is not None and evaluated is not None and evaluated < asked:
+            yield (
+                f"Of {asked} held-out rows {evaluated} are evaluated: the others have no question, or no answer within "
+                f"{seq_len} tokens."
+            )
 
 
 def _circumstance_notes(records: Sequence[Record]) -> Iterator[str]:

@@ -27,7 +27,7 @@ from gradlite.compare.energy import layer_means
 from gradlite.compare.loop import UNTIMED_STEPS, Diverged, Loop, Measured
 from gradlite.compare.record import Curve, HeldOut, Record, Spread, Status, write_record
 from gradlite.compare.rows import TokenRow, TooShort, prepare
-from gradlite.compare.runs import BAD_INPUT, STEP, RunSpec
+from gradlite.compare.runs import BAD_INPUT, NOTICE, STEP, RunSpec
 from gradlite.errors import GradLiteError
 from gradlite.evaluate.held_out import HeldOutLoss, held_out_loss
 from gradlite.measure.live_memory import weight_bytes
@@ -56,6 +56,10 @@ def work(spec: RunSpec, command: str) -> Record:
         "date": time.strftime("%Y-%m-%d"),
     }
     run = _Run(spec)
+    try:
+        methods.check_options(spec.method, spec.options)  # before anything is loaded and evaluated
+    except GradLiteError as error:
+        return spec.record("failed", str(error).splitlines()[0], **circumstances)
     try:
         measured = run.do()
     except Diverged as error:
@@ -91,6 +95,8 @@ class _Run:
         weights = sum(weight_bytes(self.model).values())
         self.collate = _collator(tokenizer)
         rows = prepare(spec, tokenizer)
+        for notice in rows.notices:
+            sys.stderr.write(f"{NOTICE}{notice}\n")
         anonymous = anonymous_bytes() if self.device.type == "cpu" else None
         before = self._evaluate(self.model, rows.held_out, step=0, seconds=0.0)
         self.model.train()
@@ -103,6 +109,7 @@ class _Run:
         skipped = method.skipped_steps
         return {
             **self.so_far(),
+            "evaluated_rows": len(rows.held_out) if rows.held_out else None,
             "held_out_tokens": None if before is None else before.num_tokens,
             "reason": f"{skipped} steps were skipped, since their gradient was not finite" if skipped else None,
         }

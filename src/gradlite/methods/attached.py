@@ -1,10 +1,12 @@
 """GradLite as a method: the optimizer that attaches to the model (:class:`gradlite.GradLite`)."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from gradlite.attaching import detach
+from gradlite.attaching.rank import layer_rank
 from gradlite.methods.gradlite import GradLite
 from gradlite.methods.method import Method
 
@@ -12,6 +14,16 @@ from gradlite.methods.method import Method
 def gradlite(model: nn.Module, lr: float, **options: Any) -> Method:
     """``options`` are those of :class:`gradlite.GradLite`, which raises GradLiteError for unknown or bad ones."""
     return AttachedMethod(model, GradLite(model, lr=lr, **options))
+
+
+DECLARED = GradLite.__init__
+"""Whose signature says which options :func:`gradlite` takes."""
+
+
+def check_further(options: Mapping[str, Any]) -> None:
+    """What the types of the options do not say. Raises GradLiteError for a rank that no layer could have."""
+    if "rank" in options:
+        layer_rank(options["rank"], 1)
 
 
 class AttachedMethod(Method):

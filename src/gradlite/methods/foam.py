@@ -8,6 +8,7 @@ corrections:
     R = g − g̃ E        m = m̃ E + R                    v = ṽ E + R²
     W ← W − η α m / (√v + ε)
 
+The paper's blocks are of equal size; where the width is no multiple of it, the last mean is over the entries that are left.
 Only ``m̃`` and ``ṽ`` are kept, ``2^(1−l)`` numbers a parameter. By hand: there is no package, and the authors' repository
 (zqOuO/FOAM) has no licence. Its code differs from the paper in one point: it averages ``g²`` where the paper squares ``g̃``.
 """
@@ -19,9 +20,9 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim import Optimizer
 
+from gradlite.errors import GradLiteError
 from gradlite.methods.method import Betas, Epsilon, Method, Rate, linear_weights, without
 from gradlite.methods.projected import Scale
 from gradlite.optim.adam import adam_direction_
@@ -43,10 +44,20 @@ def foam(
     parameters has level 2. The linear layers of attention and MLP are folded, everything else is trained by plain AdamW.
     """
     folded = linear_weights(model, target_modules)
+    _check_level(level, max(weight.shape[-1] for weight in folded))
     others = without(model, folded)
     groups: list[dict[str, Any]] = [{"params": others}, {"params": folded, "level": level, "scale": scale}]
     optimizer = Foam([group for group in groups if group["params"]], lr, betas, eps, weight_decay)
     return Method("foam", model, optimizer, checkpointing=checkpointing)
+
+
+def _check_level(level: int, width: int) -> None:
+    """Blocks that no row could fill are a mistake; a few narrower layers, whose rows are one block, are none."""
+    if level >= width.bit_length():  # 2^level > width
+        raise GradLiteError(
+            f"method 'foam': level is {level}, so a block would have 2^{level} entries, but the widest layer that it folds has "
+            f"{width} columns; give a level of at most {width.bit_length() - 1}."
+        )
 
 
 class Foam(Optimizer):
@@ -100,10 +111,12 @@ def folded_direction_(
 
 
 def fold(full: Tensor, level: int) -> Tensor:
-    """Means over blocks of ``2^level`` neighbours along the last dimension; a last block that is short is padded with zeros."""
+    """Means over blocks of ``2^level`` neighbours along the last dimension; of a last block that is short, over what it has."""
     block = 2**level
-    padded = functional.pad(full, (0, -full.shape[-1] % block))
-    return padded.unflatten(-1, (-1, block)).mean(-1)
+    num_whole = full.shape[-1] // block
+    whole, rest = full.split((num_whole * block, full.shape[-1] % block), dim=-1)
+    means = whole.unflatten(-1, (num_whole, block)).mean(-1)
+    return torch.cat((means, rest.mean(-1, keepdim=True)), dim=-1) if rest.shape[-1] else means
 
 
 def unfold(folded: Tensor, width: int, level: int) -> Tensor:

@@ -54,10 +54,23 @@ class LDAdam(Method):
     """Puts the error memory where the gradient will be, before every backward pass."""
 
     optimizer: "LDAdamW"
+    _went_backward = False  # since the last step() or zero_grad()
 
     def backward(self, loss: Tensor) -> None:
         self.optimizer.errors_to_gradients()
         super().backward(loss)
+        self._went_backward = True
+
+    def step(self) -> None:
+        """One update. Raises GradLiteError where gradients were made without the error memory."""
+        if self.optimizer.has_left_out_error() or (self.optimizer.has_projected_gradient() and not self._went_backward):
+            self._refuse_other_backward()
+        super().step()
+        self._went_backward = False
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        self._went_backward = False
 
 
 class LDAdamW(Optimizer):
@@ -73,6 +86,14 @@ class LDAdamW(Optimizer):
         for weight, state in self.state.items():
             if weight.grad is None and "error" in state:
                 weight.grad = state.pop("error")
+
+    def has_left_out_error(self) -> bool:
+        """Whether some weight has a gradient that its error memory did not get into."""
+        return any(weight.grad is not None and "error" in state for weight, state in self.state.items())
+
+    def has_projected_gradient(self) -> bool:
+        """Whether some projected weight has a gradient."""
+        return any(weight.grad is not None for group in self.param_groups if "rank" in group for weight in group["params"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

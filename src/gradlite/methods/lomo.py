@@ -26,7 +26,7 @@ from gradlite.errors import GradLiteError
 from gradlite.methods.method import FusedBackward, Rate, trainable
 from gradlite.methods.packages import require
 
-Norm = Annotated[float, Field(gt=0)]
+Norm = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _MOMENTS = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
 
 
@@ -89,7 +89,10 @@ class Lomo(FusedBackward):
     """The package's ``fused_backward``, with the learning rate of the param group."""
 
     optimizer: Any
-    clipping_instead = ", or build the method with clip_grad_norm, which clips by a second backward pass"
+    clipping_instead = (
+        ", or build the method with clip_grad_norm (on the command line --method-options '{clip_grad_norm: 1}'), "
+        "which clips by a second backward pass"
+    )
 
     def __init__(self, name: str, model: nn.Module, optimizer: Optimizer, *, checkpointing: bool) -> None:
         super().__init__(name, model, optimizer, checkpointing=checkpointing)

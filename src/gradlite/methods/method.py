@@ -8,14 +8,15 @@
     method.zero_grad()
 
 :class:`Method` does the plain thing: ``loss.backward()``, torch's clipping, one optimizer's step. A method that does something
-else overrides just that. The model must be in training mode: transformers checkpoints nothing otherwise.
+else overrides just that, so a loop calls ``method.backward(loss)`` and never ``loss.backward()``. The model must be in training
+mode: transformers checkpoints nothing otherwise.
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 from pydantic import Field
@@ -25,8 +26,8 @@ from torch.optim import Optimizer
 
 from gradlite.errors import GradLiteError
 
-Rate = Annotated[float, Field(ge=0)]
-Epsilon = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Epsilon = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Betas = tuple[Decay, Decay]
 Count = Annotated[int, Field(ge=1)]
@@ -160,6 +161,13 @@ class Method(ABC):  # noqa: B024 - nothing is abstract: the base does the plain 
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
 
+    def _refuse_other_backward(self) -> NoReturn:
+        """Where ``step()`` finds that gradients were made past ``backward()``, which does more than the plain thing."""
+        raise GradLiteError(
+            f"method {self.name!r} has a backward pass of its own: call method.backward(loss) before every step(), "
+            "and never loss.backward()."
+        )
+
 
 class FusedBackward(Method):
     """A method whose backward pass updates each weight as soon as its gradient is there, and drops the gradient.
@@ -191,7 +199,9 @@ class FusedBackward(Method):
         """The backward pass of a finite loss, with the update; False if it left the weights as they were."""
 
     def step(self) -> None:
-        """Nothing is left to do: the next ``backward()`` may come."""
+        """Nothing is left to do: the next ``backward()`` may come. Raises GradLiteError where none came before."""
+        if not self._backwards:
+            self._refuse_other_backward()
         self._backwards = 0
 
 
