@@ -41,7 +41,8 @@ def compare(
     seq_len: Annotated[int | None, _option("INTEGER", "Longest sequence, in tokens.")] = None,
     dtype: Annotated[str | None, _option("CHOICE", "bfloat16, float32, or mixed (float32 weights).")] = None,
     output_dir: Annotated[
-        Path | None, _option("PATH", "Directory of records, tables and figures (default: runs/compare/NAME).", "Output")
+        Path | None,
+        _option("PATH", "Directory of records, tables and figures (default: runs/compare/PRESET_OR_FILE).", "Output"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs only.", rich_help_panel="Output")] = False,
     retry_failed: Annotated[

@@ -135,12 +135,13 @@ class GradLiteTrainer(Trainer):
         first one at a rate of zero.
         """
         super()._load_optimizer_and_scheduler(checkpoint)
-        scheduler = self.lr_scheduler
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # inside accelerate's wrapper
         if checkpoint is None or not isinstance(scheduler, LambdaLR):
             return
-        parts = zip(self.method.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        for group, base, at in parts:
-            group["lr"] = base * at(scheduler.last_epoch)
+        rates = [base * at(scheduler.last_epoch) for base, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        for group, rate in zip(self.method.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates  # what is logged
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or str(super()._get_output_dir(trial))
