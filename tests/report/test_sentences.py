@@ -7,6 +7,7 @@ from gradlite.compare.record import Record
 from gradlite.report.read import TrainedRun, read
 from gradlite.report.rows import group
 from gradlite.report.sentences import of_group, of_run
+from gradlite.report.training import sections
 
 Make = Callable[..., Record]
 
@@ -63,3 +64,17 @@ def test_skipped_steps_are_steps_too(run_folder: Any) -> None:
     run = read([run_folder(metrics=[{"step": 0, "eval_loss": 2.0}, *skipped])])
     assert isinstance(run, TrainedRun)
     assert of_run(run)[0] == "tiny on sums, 4 steps: finished."
+
+
+def test_a_run_of_another_method_names_it_and_leaves_out_what_is_not_its(run_folder: Any) -> None:
+    folder = run_folder()
+    own = (folder / "config.yaml").read_text() + "refresh_interval: 5\n"
+    for method, shown in (("gradlite", True), ("lora", False)):
+        (folder / "config.yaml").write_text(f"{own}method: {method}\nlora_rank: 8\n")
+        run = read([folder])
+        assert isinstance(run, TrainedRun)
+        assert of_run(run)[0] == f"tiny on sums, method {method}, 30 steps: finished."
+        (settings,) = sections(run)[0].folded
+        keys = [row[0] for row in settings.rows]
+        assert ("refresh_interval" in keys) is shown
+        assert {"method", "lora_rank", "lr"} <= set(keys)

@@ -23,7 +23,8 @@ def of_run(run: TrainedRun) -> list[str]:
     steps, _ = run.series("step")  # a skipped step has a line, but no loss
     said = []
     if config:
-        work = f"{config.get('model')} on {config.get('dataset')}"
+        method = f", method {config['method']}" if "method" in config else ""
+        work = f"{config.get('model')} on {config.get('dataset')}{method}"
         state = "finished" if finished else "not finished, as far as metrics.jsonl goes"
         said.append(f"{work}, {counted(int(max(steps, default=0)), 'step')}: {state}.")
     _, losses = run.series("eval_loss")

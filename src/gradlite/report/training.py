@@ -12,6 +12,8 @@ from gradlite.report.section import Key, Picture, Section, line_key
 from gradlite.report.sentences import of_run as sentences_of_run
 from gradlite.report.tables import Table
 from gradlite.report.words import NOTHING, in_loss, in_memory
+from gradlite.train.config import TrainConfig
+from gradlite.train.fields import GRADLITE, group_of
 from gradlite.train.words import in_time, running_mean
 
 _SMOOTHED = 20
@@ -53,7 +55,11 @@ def _results(run: TrainedRun) -> Table:
 
 
 def _settings(config: Mapping[str, Any]) -> Table:
-    rows = [[str(key), _setting(value)] for key, value in config.items()]
+    """Of config.yaml what counts: GradLite's own keys say nothing of a run of another method."""
+    is_gradlite = config.get("method", "gradlite") == "gradlite"
+    fields = TrainConfig.model_fields
+    shown = [key for key in config if is_gradlite or key not in fields or group_of(fields[key]) != GRADLITE]
+    rows = [[str(key), _setting(config[key])] for key in shown]
     return Table("Settings (config.yaml)", ["setting", "value"], rows, [False, False])
 
 
