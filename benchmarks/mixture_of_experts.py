@@ -24,7 +24,7 @@ def main() -> None:
     _, tokenizer = load_model_and_tokenizer("smollm2", "float32")
     torch.manual_seed(0)
     config = Qwen2MoeConfig(
-        vocab_size=len(tokenizer),  # type: ignore[arg-type]
+        vocab_size=len(tokenizer),
         hidden_size=512,
         num_hidden_layers=8,
         num_attention_heads=8,
