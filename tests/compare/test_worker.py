@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from gradlite import methods
-from gradlite.compare import worker as worker_module
 from gradlite.compare.loop import UNTIMED_STEPS
 from gradlite.compare.runs import RunSpec
 from gradlite.compare.worker import work
@@ -105,9 +104,8 @@ def test_a_run_without_held_out_rows_is_measured_all_the_same(make_spec: MakeSpe
     assert record.memory is not None
 
 
-def test_an_option_that_a_method_does_not_know_is_its_rows_reason(make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found before the model is loaded and evaluated."""
-    monkeypatch.setattr(worker_module, "load_model_and_tokenizer", None)
+def test_an_option_that_a_method_does_not_know_is_its_rows_reason(make_spec: MakeSpec) -> None:
+    """The runner finds it before; a worker says so all the same."""
     record = work(make_spec(options={"rankk": 3}), "")
     assert record.status == "failed"
     assert record.reason is not None

@@ -85,11 +85,18 @@ def test_tokens_in_batches_and_a_frozen_part(holder: Callable[..., Holder]) -> N
     assert first.coordinates_MR.grad is None
 
 
-def test_a_token_that_nobody_takes_is_zero() -> None:
-    _, _, scale, gate_up, down = inputs()
+def test_tokens_that_nobody_takes_are_zero_and_teach_nothing(holder: Callable[..., Holder]) -> None:
+    x, _, scale, gate_up, down = inputs()
     index = torch.full((TOKENS, CHOICES), EXPERTS)
     assert routing_of(index, EXPERTS).counts == (0,) * EXPERTS
-    assert not experts_value(torch.randn(TOKENS, WIDTH).double(), index, scale, gate_up, down, "silu").any()
+    assert not experts_value(x, index, scale, gate_up, down, "silu").any()
+    first, second = stacked(gate_up)[0], stacked(down)[0]
+    found = subspace_experts(x, index, scale, first, second, "silu", holder())
+    assert not found.any()
+    found.sum().backward()
+    for grad in (x.grad, scale.grad, first.coordinates_MR.grad, second.coordinates_MR.grad):
+        assert grad is not None
+        assert not grad.any()
 
 
 @pytest.mark.parametrize("codec", [EXACT, INT8], ids=["exact", "int8"])

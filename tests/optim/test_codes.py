@@ -204,3 +204,13 @@ def test_a_dense_update_of_strides_of_its_own() -> None:
     dense_update_(weight, torch.ones(4, 8, 3, 3), 2.0, 0.5, None)
     torch.testing.assert_close(weight, wanted.bfloat16(), rtol=0, atol=0)
     assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_low_rank_update_of_stacked_weights(dtype: torch.dtype) -> None:
+    """As one matrix of all their rows, also where their strides allow none."""
+    left, right = torch.randn(12, 2), torch.randn(5, 2)
+    for weight in (torch.randn(3, 4, 5, dtype=dtype), torch.randn(3, 5, 4, dtype=dtype).transpose(1, 2)):
+        wanted = 0.5 * weight.float() - 0.1 * (left @ right.T).view(3, 4, 5)
+        low_rank_update_(weight, left, right, -0.1, 0.5, None)
+        torch.testing.assert_close(weight, wanted.to(dtype))

@@ -81,7 +81,7 @@ def attach(
     exclude: str | Sequence[str] | None = None,
     seed: int = 0,
 ) -> Coverage:
-    """Attaches coordinates to every linear and embedding layer, in place, and says what became of each parameter.
+    """Attaches coordinates to every linear layer, embedding and stack of experts, in place; says what became of each parameter.
 
     Afterwards a backward pass leaves ``C.grad = δᵀ(xP)`` (rows × rank) instead of full-size weight gradients. Names,
     values, ``state_dict()`` and saved files are untouched. Attaching again replaces the earlier attachment.
@@ -91,9 +91,9 @@ def attach(
         basis: ``gradient`` (leading singular space, moves), ``activation`` (principal space of the inputs, moves) or
             ``random`` (static). sample_residual: whether backward also samples what the basis misses.
         hold: how tensors wait for backward: ``exact`` (each once), ``int8``, ``int4``, ``projected`` (linear inputs as ``xP``
-            where nothing else keeps them), ``host`` (in the host's memory), ``recompute`` or ``recompute-int8`` (each block's
-            input only), or ``{pattern: mode}`` on names of modules; the first pattern that matches a module or a parent of it
-            decides.
+            where nothing else keeps them), ``host`` (in the host's memory), ``recompute``, ``recompute-int8`` or
+            ``recompute-mapped`` (each block's input only: exact, as codes, in a mapped file), or ``{pattern: mode}`` on names
+            of modules; the first pattern that matches a module or a parent of it decides.
         include, exclude: patterns (``fnmatch``) on names of parameters or their layers; what is left out is trained plain,
             not frozen.
         seed: of the bases and samples.
@@ -138,11 +138,18 @@ def attach(
     take_over(operators)
     coverage = Coverage(tuple(entries), held_coverage(model, operators, chosen[0][1].itemsize, rank))
     attachment = Attachment(window, coverage, operators)
-    for name, parameter in chosen:
-        _project(attachment, name, parameter, owners[id(parameter)], module_names, rank)
-    for module in model.modules():
-        if id(module) in experts:
-            _turn_experts(attachment, module, experts[id(module)], module_names[id(module)])
+    collectors = {id(parameter): _collect(attachment, name, parameter, rank) for name, parameter in chosen}
+    for parameter in (parameter for _, parameter in chosen):
+        for module in owners[id(parameter)]:
+            if id(module) not in experts:
+                holder = operators.holder(plan.mode_of(module_names[id(module)]))
+                become_twin(module, collectors[id(parameter)], holder)
+                attachment.modules.append(module)
+    for module in (module for module in model.modules() if id(module) in experts):
+        reads_x, reads_h = (collectors[id(module._parameters[name])] for name in EXPERT_WEIGHTS)
+        holder = operators.holder(plan.mode_of(module_names[id(module)]))
+        become_expert_twin(module, (reads_x, reads_h), experts[id(module)], holder)
+        attachment.modules.append(module)
     attachment.modules[0].register_parameter(RESIDUAL_NORM, attachment.window.residual_norm)
     attachment.hooks.append(model.register_forward_pre_hook(_refuse_if_changed))
     attachment.hooks.append(model.register_forward_hook(_clear_shelf, always_call=True))
@@ -219,7 +226,7 @@ def _decide(
 ) -> Decision:
     if not parameter.requires_grad:
         return "frozen", "requires_grad is off"
-    is_stacked = [id(owner) for owner in owners if id(owner) in experts] == [id(owner) for owner in owners]
+    is_stacked = all(id(owner) in experts for owner in owners)
     if parameter.dim() > 2 and not is_stacked:
         return "plain", f"{parameter.dim()}-dimensional tensor of {type(owners[0]).__name__}, such as stacked experts"
     if not parameter.is_floating_point() or parameter.dim() < 2:
@@ -264,32 +271,14 @@ def _why_nothing(model: nn.Module, entries: Sequence[Entry]) -> str:
     return f"{type(model).__name__} has no linear layer that GradLite could project ({found}); nothing was attached."
 
 
-def _project(
-    attachment: Attachment,
-    name: str,
-    weight: nn.Parameter,
-    owners: list[nn.Module],
-    names: dict[int, str],
-    rank: int | float,
-) -> None:
+def _collect(attachment: Attachment, name: str, weight: nn.Parameter, rank: int | float) -> Collector:
+    """The weight's collector, and what sees to it that no gradient passes it by."""
+    layer = layer_rank(rank, weight.shape[-1])
     rows, width = weight.shape[:-1].numel(), weight.shape[-1]
-    layer = layer_rank(rank, width)
     collector = Collector(attachment.window, rows, width, layer, memory_rank(layer), weight)
-    for module in owners if weight.dim() == 2 else ():
-        mode = attachment.operators.plan.mode_of(names[id(module)])
-        become_twin(module, collector, attachment.operators.holder(mode))
-        attachment.modules.append(module)
     attachment.projected.append((name, weight))
     attachment.absorb_uses_past_the_layer(name, weight, collector)
-
-
-def _turn_experts(attachment: Attachment, module: nn.Module, kind: ActivationKind, name: str) -> None:
-    """Once both weights have their collectors."""
-    collectors = dict(zip((id(weight) for _, weight in attachment.projected), attachment.window.collectors, strict=True))
-    reads_x, reads_h = (collectors[id(module._parameters[weight])] for weight in EXPERT_WEIGHTS)
-    holder = attachment.operators.holder(attachment.operators.plan.mode_of(name))
-    become_expert_twin(module, (reads_x, reads_h), kind, holder)
-    attachment.modules.append(module)
+    return collector
 
 
 class _DenseAbsorber:

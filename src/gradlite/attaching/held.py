@@ -8,7 +8,7 @@ from torch import nn
 from gradlite.attaching.blocks import named_blocks
 from gradlite.attaching.operators import Operator, Operators
 from gradlite.attaching.rank import layer_rank
-from gradlite.attaching.recognise import GatedLayout
+from gradlite.attaching.recognise import EXPERT_WEIGHTS, GatedLayout
 from gradlite.ops.attention import attention_bytes
 from gradlite.ops.gated_mlp import gated_bytes
 from gradlite.ops.linear import linear_bytes
@@ -98,7 +98,7 @@ def _bytes(operator: Operator, model: nn.Module, itemsize: int, rank: int | floa
         width = _width(getattr(module, operator.kind.gate)) or 0
         return gated_bytes(codec, 1, width if operator.kind.up else width // 2, itemsize)
     if operator.role == "experts":
-        down = module._parameters["down_proj"]
+        down = module._parameters[EXPERT_WEIGHTS[1]]
         chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None)
         return None if down is None or chosen is None else chosen * gated_bytes(codec, 1, down.shape[2], itemsize)
     if operator.role == "attention":

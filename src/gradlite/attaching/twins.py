@@ -3,7 +3,8 @@
 A module becomes its twin by a change of class, not by replacement: it stays the same object with the same parameters, names
 and hooks, ``isinstance`` holds, and changing the class back undoes it. The twin's class stands *behind* the module's own in
 the method resolution order where a weight is projected, so that a subclass whose ``forward`` calls ``super().forward`` (a
-scaled embedding, say) reaches the subspace operator; and before it where a forward pass is replaced as a whole.
+scaled embedding, say) reaches the subspace operator; and before it where a forward pass is replaced as a whole (stacked experts
+with their weights, too).
 """
 
 import functools
@@ -254,11 +255,6 @@ def _with_signature_of(own: type[nn.Module], twin: type[nn.Module]) -> Callable[
 def _blank_twin(own: type[nn.Module], role: str) -> nn.Module:
     twin = _twin_class(own, role)
     return twin.__new__(twin)
-
-
-def is_twin(module: nn.Module) -> bool:
-    """Whether the module has been turned into a twin with coordinates."""
-    return isinstance(module, _TwinState)
 
 
 def can_become_twin(module: nn.Module) -> bool:

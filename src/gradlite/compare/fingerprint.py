@@ -13,7 +13,7 @@ _NUM_PIECES = 32
 
 @lru_cache(maxsize=64)
 def fingerprint(source: str) -> str | None:
-    """Twelve hexadecimal digits of what lies at a path now; None for what is no path here: hub ids and what is embedded.
+    """Twelve hexadecimal digits of what lay at a path when this process first asked; None for hub ids and what is embedded.
 
     Of a file longer than 32 MiB, 32 pieces spread evenly are read, so that a model of any size takes no time: training moves
     every piece of its weights. Of a directory what lies in it and in its folder ``data`` counts, but for hidden files.

@@ -57,10 +57,6 @@ def work(spec: RunSpec, command: str) -> Record:
     }
     run = _Run(spec)
     try:
-        methods.check_options(spec.method, spec.options)  # before anything is loaded and evaluated
-    except GradLiteError as error:
-        return spec.record("failed", str(error).splitlines()[0], **circumstances)
-    try:
         measured = run.do()
     except Diverged as error:
         return spec.record("failed", f"diverged: {error}", **run.so_far(), **circumstances)

@@ -25,6 +25,7 @@ from gradlite.ops.gated_mlp import gated, gated_value
 from gradlite.ops.keep import Keep, Kept
 from gradlite.ops.linear import Absorb
 from gradlite.ops.precision import wide
+from gradlite.ops.rows import in_shape_of
 
 
 class Routing(NamedTuple):
@@ -93,6 +94,12 @@ class ExpertFactors:
         return rows_KEM.flatten(1)
 
 
+def _combined(h_PN: Tensor, scale_P: Tensor, weight_EMN: Tensor, routing: Routing, rows_TM: Tensor) -> Tensor:
+    """``Σ_p s_p W_e h_p`` over each token's pairs. ``rows_TM``: zeros that the sum is written into."""
+    y_PM = grouped_linear(h_PN, weight_EMN, routing.counts) * scale_P[:, None]
+    return rows_TM.index_add_(0, routing.token_P, y_PM.to(rows_TM.dtype))
+
+
 class StackedWeight(NamedTuple):
     """One stacked weight; its coordinates, a leaf of zeros of E·M rows that receives ``δᵀ(xP)``; and what absorbs."""
 
@@ -139,11 +146,12 @@ class _Scatter(torch.autograd.Function):
         absorb: Absorb,
         kept: Kept,
         routing: Routing,
-        out_TM: Tensor,
+        num_tokens: int,
+        dtype: torch.dtype,
     ) -> Tensor:
         ctx.absorb, ctx.kept, ctx.counts = absorb, kept, routing.counts
-        y_PM = grouped_linear(h_PN, weight_EMN, routing.counts) * scale_P[:, None]
-        return out_TM.index_add(0, routing.token_P, y_PM.to(out_TM.dtype))
+        rows_TM = h_PN.new_zeros(num_tokens, weight_EMN.shape[1], dtype=dtype)
+        return _combined(h_PN, scale_P, weight_EMN, routing, rows_TM)
 
     @staticmethod
     @once_differentiable
@@ -159,7 +167,7 @@ class _Scatter(torch.autograd.Function):
         grad_scale = None
         if ctx.needs_input_grad[1]:
             grad_scale = wide(unscaled_PN * h_PN).sum(1).to(scale_P.dtype)
-        return unscaled_PN * scale_P1, grad_scale, None, grad_coordinates, None, None, None, None
+        return unscaled_PN * scale_P1, grad_scale, None, grad_coordinates, None, None, None, None, None
 
 
 @torch.no_grad()
@@ -170,9 +178,8 @@ def experts_value(
     routing = routing_of(index_TK, len(gate_up_EMN))
     x_TN = x.reshape(-1, x.shape[-1])
     gate_PN, up_PN = grouped_linear(x_TN[routing.token_P], gate_up_EMN, routing.counts).chunk(2, dim=1)
-    y_PM = grouped_linear(gated_value(kind, gate_PN, up_PN), down_EMN, routing.counts)
-    y_PM = y_PM * scale_TK.reshape(-1)[routing.choice_P, None]
-    return torch.zeros_like(x_TN).index_add_(0, routing.token_P, y_PM.to(x.dtype)).view(x.shape)
+    h_PN, scale_P = gated_value(kind, gate_PN, up_PN), scale_TK.reshape(-1)[routing.choice_P]
+    return _combined(h_PN, scale_P, down_EMN, routing, torch.zeros_like(x_TN)).view(x.shape)
 
 
 def subspace_experts(
@@ -212,6 +219,5 @@ def subspace_experts(
         kept_h = Kept(h_PN.requires_grad)
         kept_h.ticket, leaves_h = holder.hold(h_PN)
         h_PN = Keep.apply(h_PN, down.coordinates_MR, kept_h, down.weight_EMN, routing.token_P, scale_P.detach(), *leaves_h)
-        out = torch.zeros_like(own, requires_grad=False).view(-1, own.shape[-1])
-        result: Tensor = _Scatter.apply(h_PN, scale_P, *down, kept_h, routing, out)
-    return result.view(own.shape)
+        result_TM = _Scatter.apply(h_PN, scale_P, *down, kept_h, routing, own.shape[:-1].numel(), own.dtype)
+    return in_shape_of(own, result_TM)

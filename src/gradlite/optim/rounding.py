@@ -80,11 +80,16 @@ def round_into_(target: Tensor, values: Tensor, noise: NoiseTable) -> None:
 def low_rank_update_(
     weight_MN: Tensor, left_MS: Tensor, right_NS: Tensor, alpha: float, decay: float, noise: NoiseTable | None
 ) -> None:
-    """``W ← decay·W + alpha·left rightᵀ`` in place.
+    """``W ← decay·W + alpha·left rightᵀ`` in place, of stacked weights (E×M×N) as of one matrix of E·M rows.
 
     ``left`` and ``right`` in float32 (float64 for float64 weights). With ``noise`` a bfloat16 weight is computed in float32,
     tile by tile, and rounded stochastically; otherwise the result is rounded to nearest. Temporary memory: one tile.
     """
+    if weight_MN.dim() > 2:
+        stacked, weight_MN = weight_MN, weight_MN.flatten(0, -2)
+        low_rank_update_(weight_MN, left_MS, right_NS, alpha, decay, noise)
+        _bring_back(weight_MN, stacked)
+        return
     if weight_MN.dtype in (torch.float32, torch.float64):
         weight_MN.addmm_(left_MS.to(weight_MN.dtype), right_NS.to(weight_MN.dtype).T, beta=decay, alpha=alpha)
         return
@@ -107,8 +112,13 @@ def dense_update_(weight: Tensor, update: Tensor, alpha: float, decay: float, no
         tile = flat_weight[start : start + size]
         values = tile.float().mul_(decay).add_(flat_update[start : start + size], alpha=alpha)
         _store(tile, values, noise)
-    if not weight.is_contiguous():  # a convolution's, with its channels last
-        weight.copy_(flat_weight.view(weight.shape))
+    _bring_back(flat_weight, weight)
+
+
+def _bring_back(flat: Tensor, weight: Tensor) -> None:
+    """Where strides of their own (channels last, transposed stacks) made the flat form of a weight a copy."""
+    if flat.data_ptr() != weight.data_ptr():
+        weight.copy_(flat.view(weight.shape))
 
 
 def _store(tile: Tensor, values: Tensor, noise: NoiseTable | None) -> None:

@@ -200,12 +200,9 @@ class SubspaceAdamW(Optimizer):
         for member in steps:
             left, right = member.finish(basis.matrix_NR, new_NR, noise)
             lr = float(member.group["lr"])
-            weight = self._weight_of[id(member.collector)]
-            weight_MN = weight.flatten(0, -2)  # stacked experts as one matrix
+            weight_MN = self._weight_of[id(member.collector)]
             decay = 1.0 - lr * member.group["weight_decay"]
             low_rank_update_(weight_MN, left, right, -lr * scale, decay, self._rounding(noise))
-            if weight_MN.data_ptr() != weight.data_ptr():  # strides of their own, of which there is no one matrix
-                weight.copy_(weight_MN.view(weight.shape))
         if new_NR is not None:
             for collector, group in idle:
                 state = self.state.get(collector.coordinates)

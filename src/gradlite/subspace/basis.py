@@ -2,7 +2,7 @@
 
 Shape suffixes: T tokens, M output width, N input width, R rank.
 
-A basis ``P`` (N×R) is shared by all layers that read the same tensor. Source: docs/method.md, sections 1 and 4.
+A basis ``P`` (N×R) is shared by all layers that read the same tensor. Source: docs/method.md, sections 1 and 5.
 """
 
 import torch

@@ -5,7 +5,7 @@ Shape suffixes: M output width, N input width, R rank, Q rank of the factored me
 ``e`` is kept in *update units* (``φR̂``, the size of an Adam step) and released past Adam's moments, because a sum of old
 gradients put through Adam would spike its second moment. Nothing is lost and nothing is counted twice: what enters the
 basis at a refresh leaves ``e`` and goes to the weights. The factored memory truncates to rank Q and the int4 memory rounds;
-what that loses is measured in benchmarks/feedback_loss.py. Source: docs/method.md, section 3.
+what that loses is measured in benchmarks/feedback_loss.py. Source: docs/method.md, section 4.
 
 Each memory is a few plain tensors in a dict, so that it travels in an optimizer's state dict as it is.
 """
@@ -74,7 +74,8 @@ INT4_BLOCK = 64
 class Int4Memory:
     """``e`` as signed 4-bit codes, two a byte, one float16 scale for 64 of them: 0.53 bytes a parameter.
 
-    Codes are rounded stochastically, so what rounding loses has mean zero. A tile of whole blocks is decoded at a time.
+    Codes are rounded stochastically, so what rounding loses has mean zero. An addition or a release decodes all
+    of it for a moment: a few M×N tensors in float32.
     """
 
     def __init__(self, generator: Callable[[], torch.Generator]) -> None:

@@ -5,7 +5,7 @@ Shape suffixes: T tokens, K sampled tokens, M output width, N input width, R ran
 ``R̂ = Σ_{t in sample} (1/π_t) left_t ⊗ right_t(I − PPᵀ)``, with inclusion probabilities ``π_t = min(1, c·w_t)`` that sum to
 K and ``w_t = ‖left_t‖·‖right_t(I − PPᵀ)‖``: the largest terms are taken outright (WTA-CRS, arXiv 2305.15265), the others by
 systematic sampling, which takes exactly K terms, none twice. ``E[R̂] = R`` because every token is in the sample with
-probability exactly ``π_t``. Source: docs/method.md, section 3.
+probability exactly ``π_t``. Source: docs/method.md, section 2.
 """
 
 from typing import NamedTuple

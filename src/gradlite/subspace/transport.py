@@ -1,6 +1,6 @@
 """Adam's moments move with the basis.
 
-Shape suffixes: M output width, R rank. Source: docs/method.md, section 4; the second moment's rule is LDAdam's
+Shape suffixes: M output width, R rank. Source: docs/method.md, section 5; the second moment's rule is LDAdam's
 (arXiv 2410.16103): the mean part rotates, the variance part rotates with squared cosines.
 """
 
