@@ -232,16 +232,28 @@ machinery.PathFinder.find_spec = classmethod(
 """
 
 
+def bare_environment(folder: Path) -> dict[str, str]:
+    """Of a machine with torch and transformers and none of the package's other dependencies."""
+    hidden = "pydantic pydantic_core trl datasets torchao peft lomo_optim galore_torch gguf accelerate".split()
+    (folder / "sitecustomize.py").write_text(HIDE.format(hidden=hidden))
+    path = os.pathsep.join([str(folder), str(ROOT / "src"), str(GPU)])
+    return {**os.environ, "PYTHONPATH": path, "GRADLITE_COMPILE": "0", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_what_it_needs_is_imported_on_a_bare_machine(tmp_path: Path) -> None:
+    code = "import bare; bare.import_gradlite(); import sys, gradlite.methods.attached; assert 'pydantic' not in sys.modules"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=bare_environment(tmp_path), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_runs_on_a_bare_machine(tmp_path: Path) -> None:
-    """With torch and transformers and none of the package's other dependencies, from the command line."""
-    hidden = "pydantic pydantic_core trl datasets torchao peft lomo_optim galore_torch gguf accelerate".split()
-    (tmp_path / "sitecustomize.py").write_text(HIDE.format(hidden=hidden))
-    path = os.pathsep.join([str(tmp_path), str(ROOT / "src")])
-    environment = {**os.environ, "PYTHONPATH": path, "GRADLITE_COMPILE": "0", "CUDA_VISIBLE_DEVICES": ""}
+    """From the command line."""
     out = tmp_path / "records"
     command = [sys.executable, str(GPU / "compare.py"), "--out", str(out), "--shape", "tiny"]
     command += ["--methods", "gradlite-recompute,adamw8bit-in-backward,lomo-checkpointed"]
+    environment = bare_environment(tmp_path)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     status = {file.stem: Record.model_validate_json(file.read_text()).status for file in out.glob("*.json")}
