@@ -75,6 +75,13 @@ def test_a_column_that_stands_twice(name: str, text: str, sentence: str, tmp_pat
         load_source(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("header", ["prompt;completion", "prompt\tcompletion"])
+def test_columns_that_commas_do_not_separate(header: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"{header}\na;b\n")
+    with pytest.raises(GradLiteError, match=r"separate its columns by commas\.$"):
+        load_source(str(tmp_path / "a.csv"))
+
+
 def test_long_fields_of_csv(tmp_path: Path) -> None:
     (tmp_path / "long.csv").write_text("text\n" + 140_000 * "x" + "\n")
     assert [len(row["text"]) for row in load_source(str(tmp_path / "long.csv")).train] == [140_000]
@@ -264,6 +271,18 @@ def test_answers_that_the_template_rewrites_are_not_said_to_be_cut(
 def test_a_single_row_is_not_enough(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(GradLiteError, match="one row only"):
         load_data(config(write("a.jsonl", ROWS[:1])), tokenizer)
+
+
+def test_rows_without_an_answer_are_not_drawn(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Not as the only held-out row either, beside which nothing would be left to evaluate."""
+    empty = [{"prompt": "q", "completion": ""}] * 6
+    data = load_data(config(write("a.jsonl", [*empty, *ROWS[:2]])), tokenizer)
+    assert (len(data.train), len(data.held_out)) == (1, 1)
+    assert [notice for notice in data.notices if "without" in notice] == [
+        "6 rows without a question or an answer were left out."
+    ]
+    other = str(write("b.jsonl", [*empty, *ROWS[2:4]]))
+    assert len(load_data(config(write("c.jsonl", ROWS[:2]), eval_dataset=other), tokenizer).held_out) == 2
 
 
 def test_packing_keeps_every_token(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:

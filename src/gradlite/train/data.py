@@ -12,7 +12,7 @@ from gradlite.errors import GradLiteError
 from gradlite.train.config import DEFAULT_DATASET, TrainConfig
 from gradlite.train.embedded import python_help
 from gradlite.train.formats import Parsed, parse
-from gradlite.train.sources import Rows, Source, load_source
+from gradlite.train.sources import Source, load_source
 from gradlite.train.tokens import Tokenized, Tokens, tokenize
 
 _SPLIT_SEED = 0  # not the run's seed: runs that differ in their seed are judged on the same held-out rows
@@ -42,16 +42,16 @@ def load_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
         raise GradLiteError(f"the embedded dataset {DEFAULT_DATASET!r} has no configurations; leave out --dataset-config.")
     source = _embedded() if config.dataset == DEFAULT_DATASET else load_source(config.dataset, config.dataset_config)
     notices: list[str] = []
+    parsed = parse(source.train, config.dataset)
+    held_out_name = config.dataset
     if config.eval_dataset is not None:
-        other = _embedded() if config.eval_dataset == DEFAULT_DATASET else load_source(config.eval_dataset)
-        train_rows, held_out_rows = source.train, other.held_out or other.train
         held_out_name = config.eval_dataset
+        other = _embedded() if config.eval_dataset == DEFAULT_DATASET else load_source(config.eval_dataset)
+        parsed_held_out = _sample(parse(other.held_out or other.train, held_out_name), config.eval_examples)
+    elif source.held_out:
+        parsed_held_out = _sample(parse(source.held_out, held_out_name), config.eval_examples)
     else:
-        train_rows, held_out_rows = (source.train, source.held_out) if source.held_out else _split_off(source.train, config)
-        held_out_name = config.dataset
-    held_out_rows = _sample(held_out_rows, config.eval_examples)
-    parsed = parse(train_rows, config.dataset)
-    parsed_held_out = parse(held_out_rows, held_out_name)
+        parsed, parsed_held_out = _split_off(parsed, config)
     train, num_repeated = _without(parsed, parsed_held_out)
     if num_repeated:
         notices.append(f"{num_repeated} training rows are held-out rows word for word and were left out.")
@@ -84,24 +84,27 @@ def _embedded() -> Source:
     return Source(train, held_out)
 
 
-def _split_off(rows: Rows, config: TrainConfig) -> tuple[Rows, Rows]:
-    """Put `eval_examples` rows aside (at most a quarter), drawn with a fixed seed."""
-    if len(rows) < 2:
+def _split_off(parsed: Parsed, config: TrainConfig) -> tuple[Parsed, Parsed]:
+    """Put `eval_examples` examples aside (at most a quarter), drawn with a fixed seed."""
+    examples = parsed.examples
+    if len(examples) < 2:
         raise GradLiteError(
-            f"dataset {config.dataset!r} has one row only; a held-out row is needed as well: give --eval-dataset."
+            f"dataset {config.dataset!r} has one row only that says something; a held-out row is needed as well: "
+            "give --eval-dataset."
         )
-    aside = set(random.Random(_SPLIT_SEED).sample(range(len(rows)), min(config.eval_examples, max(1, len(rows) // 4))))
-    return (
-        [rows[number] for number in range(len(rows)) if number not in aside],
-        [rows[number] for number in sorted(aside)],
-    )
+    aside = _sample(parsed, min(config.eval_examples, max(1, len(examples) // 4)))
+    drawn = {id(example) for example in aside.examples}
+    kept = [example for example in examples if id(example) not in drawn]
+    return Parsed(kept, parsed.columns, parsed.num_empty), Parsed(aside.examples, parsed.columns, 0)
 
 
-def _sample(rows: Rows, num_rows: int) -> Rows:
-    """At most `num_rows` rows, drawn with a fixed seed, in their order."""
-    if len(rows) <= num_rows:
-        return rows
-    return [rows[number] for number in sorted(random.Random(_SPLIT_SEED).sample(range(len(rows)), num_rows))]
+def _sample(parsed: Parsed, num_examples: int) -> Parsed:
+    """At most `num_examples` examples, drawn with a fixed seed, in their order."""
+    examples = parsed.examples
+    if len(examples) <= num_examples:
+        return parsed
+    drawn = sorted(random.Random(_SPLIT_SEED).sample(range(len(examples)), num_examples))
+    return Parsed([examples[number] for number in drawn], parsed.columns, parsed.num_empty)
 
 
 def _without(parsed: Parsed, held_out: Parsed) -> tuple[Parsed, int]:

@@ -180,7 +180,10 @@ def _read_csv(file: Path) -> Rows:
     csv.field_size_limit(2**31 - 1)  # not 131,072 characters
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
-        _once_each([(column, None) for column in reader.fieldnames or ()])
+        header = reader.fieldnames or ()
+        _once_each([(column, None) for column in header])
+        if len(header) == 1 and re.search(r"\w[;\t]\s*\w", header[0]):
+            raise GradLiteError(f"dataset {str(file)!r} has the header {header[0]!r}; separate its columns by commas.")
         rows = []
         for row in reader:
             if None in row:
