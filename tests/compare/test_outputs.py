@@ -93,7 +93,9 @@ def test_bars_are_of_one_run_and_show_the_whole_peak(records: list[Record]) -> N
         )
         above = gradients + state + adapter
         memory = Memory(peak_bytes=10**9 + above, peak_above_weights_bytes=above, by_category_bytes=parts)
-        return records[0].model_copy(update={"seed": seed, "memory": memory, "held_out": [], "run": f"r{seed}"})
+        return records[0].model_copy(
+            update={"seed": seed, "memory": memory, "held_out": [], "full_rows": True, "run": f"r{seed}"}
+        )
 
     runs = [run(0, 10**9, 5 * 10**9, 0), run(1, 2 * 10**9, 10**9, 5 * 10**8), run(2, 10**8, 10**8, 0)]
     assert memory_bars(runs) == {records[0].name: [2.0, 1.0, 0.0, 0.0, 0.5]}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gradlite.compare.record import Curve, Energy, HeldOut, Memory, Record, read_record, read_records, write_record
+from gradlite.compare.record import Curve, Energy, HeldOut, Memory, Record, read_record, write_record
 from gradlite.errors import GradLiteError
 
 
@@ -77,13 +77,6 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str | bytes, sentence: str
     assert "\n" not in str(told.value)
 
 
-def test_a_directory_without_records_is_told(tmp_path: Path) -> None:
-    with pytest.raises(GradLiteError, match="there is no directory"):
-        read_records(tmp_path / "none")
-    with pytest.raises(GradLiteError, match="holds no records"):
-        read_records(tmp_path)
+def test_a_record_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(GradLiteError, match=r"cannot be read: No such file"):
         read_record(tmp_path / "x.json")
-    write_record(tmp_path, record("b"))
-    write_record(tmp_path, record("a"))
-    assert [one.run for one in read_records(tmp_path)] == ["a", "b"]

@@ -15,7 +15,7 @@ from rich.console import Console
 from gradlite.compare import runner as runner_module
 from gradlite.compare.dry_run import show_runs
 from gradlite.compare.experiment import PRESETS, Experiment, load_experiment
-from gradlite.compare.record import HeldOut, Record, read_records, write_record
+from gradlite.compare.record import HeldOut, Record, read_record, write_record
 from gradlite.compare.runner import Runner
 from gradlite.compare.runs import RunSpec, sweep
 from gradlite.errors import GradLiteError
@@ -81,6 +81,10 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[RunSpec], Re
     return install
 
 
+def records_in(output_dir: Path) -> list[Record]:
+    return [read_record(path) for path in sorted((output_dir / "records").glob("*.json"))]
+
+
 Install = Callable[[Callable[[RunSpec], Record | int]], Workers]
 
 
@@ -89,7 +93,7 @@ def test_a_real_comparison_and_its_continuation(tmp_path: Path, model_dir: Path,
     work, screen = experiment(model_dir, sums, seeds=[0]), io.StringIO()
     records = make_runner(tmp_path, screen).run([work])
     assert [(record.label, record.status) for record in records] == [("AdamW", "ok"), ("GradLite", "ok")]
-    assert sorted(record.run for record in records) == [record.run for record in read_records(tmp_path / "records")]
+    assert sorted(record.run for record in records) == [record.run for record in records_in(tmp_path)]
     assert "run 2 of 2  GradLite  rate 0.001  seed 0" in screen.getvalue()
     assert make_runner(tmp_path).run([work]) == records
 
@@ -180,6 +184,10 @@ def test_a_failed_run_is_done_anew_with_a_corrected_option(
             r"^method 'gradlite' has no option 'checkpointing'; known",
         ),
         ({"method": "adamw", "options": {"lr": 1e-3}}, r"^method 'adamw' has no option 'lr'"),
+        ({"method": "gradlite", "options": {"refresh_interval": 0}}, r"^refresh_interval must be a whole number from 1, not 0"),
+        ({"method": "gradlite", "options": {"betas": [0.9, 1.5]}}, r"^betas must be two numbers in \[0, 1\)"),
+        ({"method": "gradlite", "options": {"basis": "random", "feedback": "feedback"}}, r"^basis=\"random\" never moves"),
+        ({"method": "ia3", "options": {"weight_decay": 0.1}}, r"^method 'ia3' has no use for weight decay"),
     ],
 )
 def test_options_are_checked_before_anything_runs(
@@ -225,7 +233,7 @@ def test_work_that_another_experiment_has_done_is_not_done_again(
     original = next(record for record in done if record.label == "GradLite" and record.seed == 0)
     names = {"experiment": "other", "run": "other-defaults-lr0.001-seed0", "label": "defaults", "taken_from": original.run}
     assert taken == original.model_copy(update=names)
-    assert taken in read_records(tmp_path / "records")
+    assert taken in records_in(tmp_path)
 
     (tmp_path / "records" / f"{original.run}.json").unlink()  # to do it anew: what was taken from it must not bring it back
     anew = workers(good)
@@ -317,6 +325,35 @@ def test_a_dry_run_lists_what_is_due_and_does_nothing(model_dir: Path, sums: Pat
     assert f"{failed.run} " in shown[True]
     assert "adamw-lr0.001-seed1" in shown[False]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_lists_shared_work_once_and_no_seeds_of_a_sweep_that_is_not_done(
+    model_dir: Path, sums: Path, tmp_path: Path
+) -> None:
+    row = {"label": "GradLite", "method": "gradlite"}
+    work = experiment(model_dir, sums, methods=[row], learning_rates=[1e-3, 2e-3], baselines=[])
+    other = experiment(
+        model_dir, sums, name="other", methods=[{**row, "label": "same"}], learning_rates=[1e-3, 2e-3], baselines=[]
+    )
+    screen = io.StringIO()
+    show_runs([work, other], tmp_path, Console(file=screen, width=200))
+    assert "other-same" not in screen.getvalue()
+    write_record(tmp_path / "records", good(sweep(work)[0]))
+    screen = io.StringIO()
+    show_runs([work], tmp_path, Console(file=screen, width=200))
+    assert f"{sweep(work)[1].run} " in screen.getvalue()
+    assert "seed1" not in screen.getvalue()
+    assert "1 more at the best rate of each sweep" in screen.getvalue()
+
+
+def test_other_work_of_the_same_experiment_is_refused(tmp_path: Path, model_dir: Path, sums: Path, workers: Install) -> None:
+    """Whatever its rate, under which its file has another name: its rows would be left out of the tables."""
+    workers(good)
+    make_runner(tmp_path).run([experiment(model_dir, sums)])
+    with pytest.raises(GradLiteError, match=r"of other work \(its steps differs\); choose another --output-dir"):
+        make_runner(tmp_path).check([experiment(model_dir, sums, steps=3, learning_rates=[2e-3])])
+    make_runner(tmp_path).check([experiment(model_dir, sums, learning_rates=[2e-3])])
+    make_runner(tmp_path).check([experiment(model_dir, sums, name="other", steps=3)])
 
 
 def test_a_dry_run_tells_a_memory_experiment_with_too_few_steps(model_dir: Path, sums: Path, tmp_path: Path) -> None:

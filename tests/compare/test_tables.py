@@ -4,6 +4,7 @@ import csv
 import io
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from gradlite.compare.record import ByCategory, HeldOut, Memory, Record, Spread
@@ -175,6 +176,35 @@ def test_memory_is_of_runs_with_equal_batches() -> None:
     assert (cell(table, "a", "Peak above weights (GB)"), cell(table, "a", "Runs")) == ("2.000", "1")
     assert cell(ratio_table(records, "T", ["a"]), "b", "Peak ÷ a") == "0.50"
     assert cell(category_table(records, "T"), "a", "Gradients (GB)") == "1.000"
+
+
+def test_the_first_seeds_batches_are_those_of_all_rows() -> None:
+    """Also where another seed is lower, and in runs that only measure, of rows of any length."""
+    speeds = {"full_rows": False}
+    records = [measured("a", 2.0, 100, 3, **speeds), measured("a", 4.0, 50, 0, **speeds), measured("b", 1.0, 200, 3, **speeds)]
+    table = memory_table(records, "T", first_seed=3)
+    assert [cell(table, row, "Peak above weights (GB)") for row in "ab"] == ["2.000", "1.000"]
+
+
+def test_several_rates_of_runs_that_only_measure() -> None:
+    records = [measured("a", 2.0, 100, lr=2e-4), measured("a", 4.0, 50, lr=1e-4), measured("b", 1.0, 200)]
+    table = memory_table(records, "T", first_seed=0)
+    assert (cell(table, "a", "Peak above weights (GB)"), cell(table, "a", "Runs")) == ("4.000", "1")
+    assert (cell(table, "a", "Remark"), cell(table, "b", "Remark")) == ("at rate 0.0001 of several", "")
+
+
+@pytest.mark.parametrize(
+    ("asked", "options", "remark"),
+    [
+        (1.0, {"max_grad_norm": None}, "gradients not clipped"),
+        (1.0, {"max_grad_norm": None, "clip_grad_norm": 1.0}, ""),
+        (0.0, {"max_grad_norm": None}, ""),
+        (1.0, {"max_grad_norm": 1.0}, ""),
+    ],
+)
+def test_a_method_that_could_not_clip_is_remarked(asked: float, options: dict[str, Any], remark: str) -> None:
+    table = quality_table([record("a", loss=1.0, max_grad_norm=asked, options=options)], "T")
+    assert cell(table, "a", "Remark") == remark
 
 
 def test_held_out_rows_that_are_not_evaluated_are_noted() -> None:

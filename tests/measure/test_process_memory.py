@@ -1,11 +1,22 @@
 """Anonymous memory of the process: grows with what is held, and the peak remembers it."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from gradlite.measure import process_memory
 from gradlite.measure.process_memory import anonymous_bytes, anonymous_peak_bytes, forget_peak
+
+
+def test_a_system_that_does_not_tell_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = tmp_path / "status"
+    status.write_text("VmHWM:\t 4 kB\nVmRSS:\t 4 kB\n")
+    for path in (status, tmp_path / "none"):
+        monkeypatch.setattr(process_memory, "_STATUS", path)
+        assert anonymous_bytes() is None
+        assert anonymous_peak_bytes() is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

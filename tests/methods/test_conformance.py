@@ -444,6 +444,35 @@ def test_a_model_without_checkpointing_and_one_without_layers_are_refused() -> N
         gradlite.methods.build("adamw", model.requires_grad_(False), lr=1e-3)
 
 
+def test_badams_head_alone_is_trained_without_the_embedding() -> None:
+    for is_tied in (False, True):  # where both are one tensor it is trained
+        model = llama()
+        if not is_tied:
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+        trained = {id(one) for one in gradlite.methods.build("badam", model, lr=1e-3, include_lm_head=True).trained()}
+        assert {id(model.lm_head.weight), id(model.model.norm.weight)} <= trained
+        assert (id(model.model.embed_tokens.weight) in trained) == is_tied
+
+
+def test_a_refused_adalomo_leaves_the_model_as_it_was() -> None:
+    model = llama()
+    model.stacked = nn.Parameter(torch.zeros(2, 3, 4))
+    with pytest.raises(GradLiteError, match="'stacked' has 3 dimensions"):
+        gradlite.methods.build("adalomo", model, lr=1e-3, checkpointing=True)
+    assert not any(parameter._backward_hooks for parameter in model.parameters())
+    assert model.config.use_cache is True
+
+
+def test_checkpointing_gives_the_configurations_cache_back() -> None:
+    for used in (False, True):
+        model = llama()
+        model.config.use_cache = used
+        method = gradlite.methods.build("adamw-checkpointed", model, lr=1e-3)
+        assert model.config.use_cache is False
+        method.finish()
+        assert model.config.use_cache is used
+
+
 def test_badam_goes_on_with_the_blocks_in_the_order_drawn_before() -> None:
     def six_layers(seed: int) -> Method:
         torch.manual_seed(0)

@@ -57,6 +57,19 @@ def test_weights_are_restored_bit_by_bit(dtype: torch.dtype) -> None:
     assert storages == [parameter.data_ptr() for parameter in model.parameters()]
 
 
+def test_under_autocast_each_pass_has_its_own_weights() -> None:
+    """Autocast keeps casts by parameter: the second pass would have had the first one's linear layers."""
+    slopes = []
+    for has_autocast in (False, True):
+        method = build(llama(), epsilon=0.1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_autocast):
+            loss = loss_of(method)
+        method.backward(loss)
+        assert method.optimizer.projected.grad is not None
+        slopes.append(float(method.optimizer.projected.grad))
+    assert abs(slopes[1] - slopes[0]) < 0.1 * abs(slopes[0])
+
+
 def test_weights_are_restored_after_an_error() -> None:
     model = llama()
     before = weights(model)

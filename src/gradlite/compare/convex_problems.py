@@ -23,14 +23,13 @@ NEWTON_STEPS = 100
 
 @dataclass(frozen=True)
 class ConvexProblem:
-    """``x_TN``, ``y_TM`` and the optimum, all float64; ``minimum`` is ``f*``; ``smoothness`` is L, of the whole objective."""
+    """``x_TN``, ``y_TM`` and the optimum, all float64; ``minimum`` is ``f*``."""
 
     name: str
     x_TN: Tensor
     y_TM: Tensor
     optimum_MN: Tensor
     minimum: float
-    smoothness: float
     output_gradient: Callable[[Tensor, Tensor], Tensor]
     """``∂ℓ/∂(output)`` of each row, from outputs and targets (both B×M); not divided by B."""
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -54,7 +53,7 @@ def least_squares(*, seed: int, rows: int, width: int, outputs: int, decades: fl
     x_TN, true_MN, generator = _inputs_and_truth(seed, rows, width, outputs, decades)
     y_TM = x_TN @ true_MN.T + noise * torch.randn(rows, outputs, generator=generator, dtype=torch.float64)
     optimum_MN = torch.linalg.lstsq(x_TN, y_TM).solution.T.contiguous()
-    return _problem("least squares", x_TN, y_TM, optimum_MN, 1.0, _squared_gradient, _squared_loss)
+    return _problem("least squares", x_TN, y_TM, optimum_MN, _squared_gradient, _squared_loss)
 
 
 def logistic_regression(*, seed: int, rows: int, width: int, outputs: int, decades: float, scale: float) -> ConvexProblem:
@@ -67,7 +66,7 @@ def logistic_regression(*, seed: int, rows: int, width: int, outputs: int, decad
     chance_TM = torch.sigmoid(x_TN @ (scale * true_MN).T)
     y_TM = (torch.rand(rows, outputs, generator=generator, dtype=torch.float64) < chance_TM).double()
     optimum_MN = torch.stack([_newton(x_TN, y_TM[:, m]) for m in range(outputs)])
-    return _problem("logistic regression", x_TN, y_TM, optimum_MN, 0.25, _logistic_gradient, _logistic_loss)
+    return _problem("logistic regression", x_TN, y_TM, optimum_MN, _logistic_gradient, _logistic_loss)
 
 
 def _inputs_and_truth(seed: int, rows: int, width: int, outputs: int, decades: float) -> tuple[Tensor, Tensor, torch.Generator]:
@@ -84,13 +83,11 @@ def _problem(
     x_TN: Tensor,
     y_TM: Tensor,
     optimum_MN: Tensor,
-    curvature: float,
     output_gradient: Callable[[Tensor, Tensor], Tensor],
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> ConvexProblem:
     minimum = float(loss(x_TN @ optimum_MN.T, y_TM).mean())
-    smoothness = curvature * float(torch.linalg.matrix_norm(x_TN, 2)) ** 2 / len(x_TN)
-    return ConvexProblem(name, x_TN, y_TM, optimum_MN, minimum, smoothness, output_gradient, loss)
+    return ConvexProblem(name, x_TN, y_TM, optimum_MN, minimum, output_gradient, loss)
 
 
 def _squared_gradient(z_BM: Tensor, y_BM: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from gradlite.compare.experiment import Experiment
 from gradlite.compare.runner import Runner
-from gradlite.compare.runs import further_seeds, num_runs, sweep, too_few_steps
+from gradlite.compare.runs import RunSpec, further_seeds, num_runs, sweep, too_few_steps
 from gradlite.train.models import load_model_and_tokenizer
 from gradlite.train.quiet import quiet_libraries
 from gradlite.train.words import in_time
@@ -31,12 +31,14 @@ def show_runs(experiments: Sequence[Experiment], output_dir: Path, console: Cons
     runner.check(experiments)
     shown = Table("Run", "Steps × rows × tokens", box=None)
     num_tokens = num_due = 0
+    listed: list[RunSpec] = []
     for experiment in experiments:
         records = [record for record in map(runner.found, sweep(experiment)) if record is not None]
         specs = sweep(experiment)
         known = {spec.run for spec in specs}
         specs += [spec for spec in further_seeds(experiment, records) if spec.run not in known]
-        due = [spec for spec in specs if runner.found(spec) is None]
+        due = [spec for spec in specs if runner.found(spec) is None and not _is_supplied(spec, listed)]
+        listed += due
         work = f"{experiment.steps} × {experiment.batch_size} × {experiment.seq_len}"
         for spec in due:
             shown.add_row(spec.run, work)
@@ -55,6 +57,12 @@ def show_runs(experiments: Sequence[Experiment], output_dir: Path, console: Cons
         f"{num_due} runs, {num_tokens:,} tokens at most; about {in_time(seconds)} (h:mm:ss, or mm:ss) by the speed of one "
         "matrix product here; half of it or twice as much would be no surprise."
     )
+
+
+def _is_supplied(spec: RunSpec, listed: Sequence[RunSpec]) -> bool:
+    """Whether an earlier experiment does the very same work, whose record is then taken over."""
+    others = (other for other in listed if other.experiment != spec.experiment)
+    return any(spec.named_here(other.record("ok")) is not None for other in others)
 
 
 def _seconds(experiment: Experiment, num_tokens: int, console: Console) -> float:

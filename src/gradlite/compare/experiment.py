@@ -6,7 +6,6 @@ Importing this module is light: no torch, no transformers.
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -237,12 +236,9 @@ def choose_experiments(
 
 
 def all_tables(preset: str, overrides: Mapping[str, Any]) -> list[Experiment]:
-    """Every experiment of a preset with all of its rows; those that cannot have these overrides are left out."""
-    found = []
-    for name in PRESETS[preset].values():
-        with suppress(GradLiteError):
-            found.append(load_experiment(name, overrides))
-    return found
+    """Every experiment of a preset with all of its rows, to show what is there: at whichever rates."""
+    others = {key: value for key, value in overrides.items() if key != "learning_rates"}
+    return [load_experiment(name, others) for name in PRESETS[preset].values()]
 
 
 def restrict(experiments: Sequence[Experiment], methods: Sequence[str]) -> list[Experiment]:

@@ -54,7 +54,7 @@ def memory_bars(records: Sequence[Record], first_seed: int | None = None) -> dic
     """
     bars = {}
     for name, runs in by_name(records).items():
-        alike = with_equal_batches(at_best_rate(runs, first_seed))
+        alike = with_equal_batches(at_best_rate(runs, first_seed), first_seed)
         found = [run.memory for run in alike if run.memory and run.memory.by_category_bytes]
         if found:
             whole = median_low(memory.peak_above_weights_bytes for memory in found)
@@ -99,7 +99,7 @@ def draw_trade_off(records: Sequence[Record], path: Path, first_seed: int | None
     points = []
     for name, runs in by_name(records).items():
         chosen = at_best_rate(runs, first_seed)
-        alike = with_equal_batches(chosen)
+        alike = with_equal_batches(chosen, first_seed)
         peaks = [run.memory.peak_above_weights_bytes / _GB for run in alike if run.memory]
         speeds = [run.tokens_per_second.median for run in alike if run.tokens_per_second]
         losses = [run.final_held_out_loss for run in chosen if run.final_held_out_loss is not None]

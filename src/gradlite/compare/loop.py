@@ -139,7 +139,9 @@ class Loop:
         peak = split.total if self._allocator_peak_bytes is None else self._allocator_peak_bytes
         base = min(self._weight_bytes, split.weights)  # weights that a method keeps in four bits are no saving above them
         above = peak - base
-        process = None if process_peak is None or self._anonymous_bytes is None else process_peak - self._anonymous_bytes
+        process = None
+        if process_peak is not None and self._anonymous_bytes is not None:
+            process = process_peak - self._anonymous_bytes + self._weight_bytes - base
         earlier = max((one.total for one in watch.peaks[:-1]), default=0)
         notes = [
             too_few_steps(len(watch.peaks)),

@@ -8,7 +8,7 @@ from rich.console import Console
 from gradlite.compare.experiment import Experiment
 from gradlite.compare.figures import draw_losses, draw_memory, draw_trade_off
 from gradlite.compare.record import Record
-from gradlite.compare.runs import belongs
+from gradlite.compare.runs import other_work
 from gradlite.compare.tables import (
     Table,
     category_table,
@@ -25,7 +25,7 @@ from gradlite.train.files import write_text
 def records_of(experiment: Experiment, records: Sequence[Record]) -> list[Record]:
     """The records of this experiment's work, rows in its order; methods that were added by name come last."""
     labels = [entry.label for entry in experiment.methods]
-    own = [record for record in records if belongs(experiment, record)]
+    own = [record for record in records if other_work(experiment, record) is None]
     return sorted(own, key=lambda record: labels.index(record.name) if record.name in labels else len(labels))
 
 

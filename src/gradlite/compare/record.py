@@ -172,13 +172,3 @@ def read_record(path: Path) -> Record:
         place = ".".join(map(str, problem["loc"]))
         what = f"its key {place!r} is wrong: {problem['msg']}" if place else problem["msg"]
         raise GradLiteError(f"{path} is no whole record ({what}); delete it, and its run is done anew.") from None
-
-
-def read_records(directory: Path) -> list[Record]:
-    """All records of a directory, in the order of their names. Raises GradLiteError where there is none, or one is broken."""
-    if not directory.is_dir():
-        raise GradLiteError(f"there is no directory {directory}; give one that holds a comparison's records.")
-    records = [read_record(path) for path in sorted(directory.glob("*.json"))]
-    if not records:
-        raise GradLiteError(f"{directory} holds no records; `gradlite compare` writes them.")
-    return records

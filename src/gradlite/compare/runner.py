@@ -20,7 +20,7 @@ from rich.text import Text
 
 from gradlite.compare.experiment import Experiment
 from gradlite.compare.record import Record, read_record, write_record
-from gradlite.compare.runs import BAD_INPUT, NOTICE, STEP, RunSpec, further_seeds, num_runs, sweep
+from gradlite.compare.runs import BAD_INPUT, NOTICE, STEP, RunSpec, further_seeds, num_runs, other_work, sweep
 from gradlite.errors import GradLiteError
 from gradlite.methods import check_options
 from gradlite.train.words import in_bytes, in_time
@@ -61,6 +61,9 @@ class Runner:
             for entry in experiment.methods:
                 if entry.options:  # without any there is nothing to check, and no need for torch
                     check_options(entry.method, entry.options)
+            for record in self.records:
+                if record.experiment == experiment.name:
+                    self._refuse(other_work(experiment, record), record)
             for spec in sweep(experiment):
                 self.found(spec)
 
@@ -73,18 +76,21 @@ class Runner:
         if not path.exists():
             return self._found_elsewhere(spec)
         record = read_record(path)
-        failed = record.status != "ok"
-        if self._retry_failed and failed:  # whatever it was a record of: an option that was corrected, say
+        if self._retry_failed and record.status != "ok":  # whatever it was a record of: an option that was corrected, say
             return None
-        key = spec.differs_from(record)
-        if key is not None:
-            name = key.removesuffix("_fingerprint")
-            what = f"its {name}" if name == key else f"the content of its {name}"
-            remedy = "give --retry-failed, which does failed runs anew" if failed else "delete it"
-            raise GradLiteError(
-                f"{path} is the record of other work ({what} differs); choose another --output-dir, or {remedy}."
-            )
+        self._refuse(spec.differs_from(record), record)
         return record if record.taken_from is None else self._found_elsewhere(spec)
+
+    def _refuse(self, key: str | None, record: Record) -> None:
+        """Raises GradLiteError for a record that is of other work in ``key``, unless it failed and is to be done anew."""
+        failed = record.status != "ok"
+        if key is None or (self._retry_failed and failed):
+            return
+        name = key.removesuffix("_fingerprint")
+        what = f"its {name}" if name == key else f"the content of its {name}"
+        remedy = "give --retry-failed, which does failed runs anew" if failed else "delete it"
+        path = self.records_dir / f"{record.run}.json"
+        raise GradLiteError(f"{path} is the record of other work ({what} differs); choose another --output-dir, or {remedy}.")
 
     def _found_elsewhere(self, spec: RunSpec) -> Record | None:
         """Only of other experiments: rows of one experiment that do the same were asked for twice."""

@@ -117,10 +117,10 @@ def spec_of(experiment: Experiment, entry: MethodEntry, lr: float, seed: int) ->
     )
 
 
-def belongs(experiment: Experiment, record: Record) -> bool:
-    """Whether a record is of this experiment's work, whichever the method, its options, rate and seed."""
+def other_work(experiment: Experiment, record: Record) -> str | None:
+    """The first key in which a record is of other work than this experiment's, whichever its method, options, rate and seed."""
     spec = spec_of(experiment, experiment.methods[0], record.lr, record.seed)
-    return set(spec.differences(record)) <= {"run", "label", "method", "options"}
+    return next((key for key in spec.differences(record) if key not in ("run", "label", "method", "options")), None)
 
 
 def sweep(experiment: Experiment) -> list[RunSpec]:
@@ -131,8 +131,11 @@ def sweep(experiment: Experiment) -> list[RunSpec]:
 
 
 def further_seeds(experiment: Experiment, records: Sequence[Record]) -> list[RunSpec]:
-    """The other seeds of every row at its best learning rate, seed by seed; nothing for rows whose sweep had no success."""
-    best = {entry.label: best_rate(_sweep_of(experiment, entry, records)) for entry in experiment.methods}
+    """The other seeds of every row at its best learning rate, seed by seed; nothing for rows whose sweep is not done yet, or
+    had no success.
+    """
+    sweeps = {entry.label: (experiment.rates_of(entry), _sweep_of(experiment, entry, records)) for entry in experiment.methods}
+    best = {label: best_rate(done) if len(done) == len(rates) else None for label, (rates, done) in sweeps.items()}
     found = ((seed, entry, best[entry.label]) for seed in experiment.seeds[1:] for entry in experiment.methods)
     return [spec_of(experiment, entry, lr, seed) for seed, entry, lr in found if lr is not None]
 
@@ -150,8 +153,10 @@ def num_runs(experiment: Experiment) -> int:
 
 
 def best_rate(records: Iterable[Record]) -> float | None:
-    """The rate of the lowest final held-out loss; of a sweep of one rate that rate; None where no run succeeded."""
+    """The rate of the lowest final held-out loss; the lowest rate of runs that evaluated nothing; None where none succeeded."""
     done = [record for record in records if record.status == "ok"]
+    if done and not any(record.held_out for record in done):
+        return min(record.lr for record in done)
     if len({record.lr for record in done}) == 1:
         return done[0].lr
     judged = [(record.final_held_out_loss, record.lr) for record in done if record.final_held_out_loss is not None]

@@ -35,7 +35,7 @@ def memory_table(records: Sequence[Record], title: str, first_seed: int | None =
     """Peak memory above the weights and throughput: the median of the runs with equal batches, and the lowest and highest."""
     table = []
     for name, runs in by_name(records).items():
-        alike = with_equal_batches(at_best_rate(runs, first_seed))
+        alike = with_equal_batches(at_best_rate(runs, first_seed), first_seed)
         process = [
             run.memory.process_peak_above_weights_bytes / _GB
             for run in alike
@@ -51,7 +51,7 @@ def memory_table(records: Sequence[Record], title: str, first_seed: int | None =
                 _range(_speeds(alike), ".1f"),
                 _middle(samples, ".3f"),
                 str(len(alike)),
-                "; ".join(filter(None, [_remark(runs), _short(alike)])),
+                "; ".join(filter(None, [_remark(runs), _short(alike), _one_of_rates(runs, alike)])),
             )
         )
     columns = (
@@ -69,7 +69,7 @@ def memory_table(records: Sequence[Record], title: str, first_seed: int | None =
 
 def ratio_table(records: Sequence[Record], title: str, baselines: Sequence[str], first_seed: int | None = None) -> Table:
     """Median peak above the weights and median throughput of each row, divided by those of the rows named as baselines."""
-    rows = {name: with_equal_batches(at_best_rate(runs, first_seed)) for name, runs in by_name(records).items()}
+    rows = {name: with_equal_batches(at_best_rate(runs, first_seed), first_seed) for name, runs in by_name(records).items()}
     known = [name for name in baselines if name in rows]
     table = [
         (
@@ -88,7 +88,7 @@ def category_table(records: Sequence[Record], title: str, first_seed: int | None
     categories = list(ByCategory.model_fields)
     table = []
     for name, runs in by_name(records).items():
-        alike = with_equal_batches(at_best_rate(runs, first_seed))
+        alike = with_equal_batches(at_best_rate(runs, first_seed), first_seed)
         found = [run.memory.by_category_bytes for run in alike if run.memory and run.memory.by_category_bytes]
         cells = [_middle([getattr(one, category) / _GB for one in found], ".3f") for category in categories]
         table.append((name, *cells))
@@ -150,13 +150,14 @@ def sweep_of(runs: Sequence[Record], first_seed: int | None = None) -> list[Reco
     return [run for run in runs if run.seed == chosen]
 
 
-def with_equal_batches(runs: Sequence[Record]) -> list[Record]:
-    """The runs whose memory and speed say something beside other rows': all, where every step has as many tokens (as in runs
-    that only measure), and else the one of the lowest seed, which all rows have and which gives them the same batches.
+def with_equal_batches(runs: Sequence[Record], first_seed: int | None = None) -> list[Record]:
+    """The runs whose memory and speed say something beside other rows': all, where every step has as many tokens, and else
+    those of the first seed (where that is not told, of the lowest), which gives all rows the same batches.
     """
-    if all(run.full_rows or not run.held_out for run in runs):
+    if all(run.full_rows or (run.full_rows is None and not run.held_out) for run in runs):  # older records do not tell
         return list(runs)
-    return [run for run in runs if run.seed == min(run.seed for run in runs)]
+    chosen = min(run.seed for run in runs) if first_seed is None else first_seed
+    return [run for run in runs if run.seed == chosen]
 
 
 def at_best_rate(runs: Sequence[Record], first_seed: int | None = None) -> list[Record]:
@@ -233,13 +234,25 @@ def _remark(runs: Sequence[Record]) -> str:
     reasons = [
         run.reason if run.status == "ok" else f"{run.status.replace('_', ' ')}: {run.reason}" for run in runs if run.reason
     ]
-    unclipped = any(run.status == "ok" and run.options.get("max_grad_norm", 1.0) is None for run in runs)
+    unclipped = any(run.status == "ok" and _is_unclipped(run) for run in runs)
     return "; ".join(dict.fromkeys([*reasons, *(["gradients not clipped"] if unclipped else [])]))
+
+
+def _is_unclipped(run: Record) -> bool:
+    """Whether the method could not clip as it was asked to; some clip on their own (LOMO's ``clip_grad_norm``)."""
+    asked = run.max_grad_norm is None or run.max_grad_norm > 0  # older records do not tell: the default asks
+    return asked and run.options.get("max_grad_norm", 1.0) is None and run.options.get("clip_grad_norm") is None
 
 
 def _short(runs: Sequence[Record]) -> str | None:
     """Said of memory that was measured before every method has its state."""
     return next((note for run in runs if run.memory is not None and (note := too_few_steps(run.steps))), None)
+
+
+def _one_of_rates(runs: Sequence[Record], shown: Sequence[Record]) -> str | None:
+    """Said of runs that evaluated nothing at several rates, of which one's are shown."""
+    several = len({run.lr for run in runs if run.status == "ok"}) > 1 and not any(run.held_out for run in runs)
+    return f"at rate {shown[0].lr:g} of several" if several and shown else None
 
 
 def _edge(swept: Sequence[Record], best: float | None) -> str:

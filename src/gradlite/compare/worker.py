@@ -93,7 +93,9 @@ class _Run:
         rows = prepare(spec, tokenizer)
         for notice in rows.notices:
             sys.stderr.write(f"{NOTICE}{notice}\n")
-        anonymous = anonymous_bytes() if self.device.type == "cpu" else None
+        # Mapped files are gone again when the peak is read, and would count as anonymous memory.
+        maps_files = any("mapped" in str(value) for value in spec.options.values())
+        anonymous = anonymous_bytes() if self.device.type == "cpu" and not maps_files else None
         before = self._evaluate(self.model, rows.held_out, step=0, seconds=0.0)
         self.model.train()
         loop = self.loop = Loop(self._build, self.device, spec.max_grad_norm, weights, anonymous, self._precision)

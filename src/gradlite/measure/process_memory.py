@@ -9,6 +9,7 @@ import gc
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
+_KEYS = ("RssAnon", "RssFile", "RssShmem", "VmHWM")
 
 
 def give_back_free_memory() -> None:
@@ -45,5 +46,6 @@ def _read_status() -> dict[str, int] | None:
         lines = _STATUS.read_text().splitlines()
     except OSError:
         return None
-    pairs = (line.split(":", 1) for line in lines if line.startswith(("Rss", "VmHWM")))
-    return {key: int(value.split()[0]) * 1024 for key, value in pairs}
+    pairs = (line.split(":", 1) for line in lines if line.startswith(_KEYS))
+    found = {key: int(value.split()[0]) * 1024 for key, value in pairs}
+    return found if len(found) == len(_KEYS) else None  # not every kernel tells all

@@ -101,9 +101,9 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         create_model("Options", __config__=_ANY_TYPE, **fields).model_validate(dict(options))
     except ValidationError as error:
         raise _not_accepted(name, error) from None
-    further: Callable[[Mapping[str, Any]], None] | None = getattr(module, "check_further", None)
+    further: Callable[[str, Mapping[str, Any]], None] | None = getattr(module, "check_further", None)
     if further is not None:
-        further(options)
+        further(name, options)
 
 
 def _factory(name: str) -> "Callable[..., Method]":

@@ -9,6 +9,7 @@ in float32.
 """
 
 import warnings
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -90,11 +91,16 @@ def ia3(
     """PEFT's (IA)³ on the layers that PEFT names for the kind of model (keys, values and the MLP's last layer). Its authors use
     a learning rate of 3e-3. Weight decay is refused: it would draw scales, which do nothing at 1, towards 0.
     """
-    if weight_decay:
-        raise GradLiteError("method 'ia3' has no use for weight decay, which would draw its scales from 1 to 0; leave it out.")
+    check_further("ia3", {"weight_decay": weight_decay})
     peft = _import_peft("ia3")
     config = peft.IA3Config(target_modules=target_modules, feedforward_modules=feedforward_modules, task_type="CAUSAL_LM")
     return _adapted("ia3", model, config, lr, betas, eps, weight_decay, checkpointing)
+
+
+def check_further(name: str, options: Mapping[str, Any]) -> None:
+    """What the types of the options do not say. Raises GradLiteError for the weight decay of (IA)³."""
+    if name == "ia3" and options.get("weight_decay"):
+        raise GradLiteError("method 'ia3' has no use for weight decay, which would draw its scales from 1 to 0; leave it out.")
 
 
 def lora_as(

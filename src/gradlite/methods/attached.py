@@ -7,7 +7,7 @@ from torch import nn
 
 from gradlite.attaching import detach
 from gradlite.attaching.rank import layer_rank
-from gradlite.methods.gradlite import GradLite
+from gradlite.methods.gradlite import GradLite, check_choices, check_numbers
 from gradlite.methods.method import Method
 
 
@@ -20,10 +20,17 @@ DECLARED = GradLite.__init__
 """Whose signature says which options :func:`gradlite` takes."""
 
 
-def check_further(options: Mapping[str, Any]) -> None:
-    """What the types of the options do not say. Raises GradLiteError for a rank that no layer could have."""
+def check_further(_: str, options: Mapping[str, Any]) -> None:
+    """What the types of the options do not say. Raises GradLiteError for a number out of its range, and for a rank that no
+    layer could have.
+    """
+    check_choices(**{key: value for key, value in options.items() if key in ("feedback", "basis")})
+    check_numbers(**{key: value for key, value in options.items() if key in _NUMBERS})
     if "rank" in options:
         layer_rank(options["rank"], 1)
+
+
+_NUMBERS = ("betas", "eps", "weight_decay", "refresh_interval")
 
 
 class AttachedMethod(Method):

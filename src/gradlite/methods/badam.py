@@ -12,6 +12,7 @@ The authors' package, badam 1.4, over ``torch.optim.AdamW``. What is adapted her
 
 import contextlib
 import io
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -48,6 +49,8 @@ def badam(
         blocks = package.BlockOptimizer.infer_param_groups(
             None, [name for name, _ in named], include_embedding, include_lm_head
         )
+        if include_lm_head and not include_embedding:  # the package puts embeddings into the head's block then
+            blocks[-1] = [name for name in blocks[-1] if name not in _embeddings(model)]
         if not any(blocks):
             raise GradLiteError(f"method 'badam' finds no 'layers.0', 'layers.1', … in {type(model).__name__}, its blocks.")
         optimizer = package.BlockOptimizer(
@@ -60,6 +63,13 @@ def badam(
         )
     claims = Claims(full_parameter=include_embedding and include_lm_head, accumulation=True, clipping=True)
     return BAdam("badam", model, optimizer, claims, checkpointing=checkpointing)
+
+
+def _embeddings(model: nn.Module) -> set[str]:
+    """Names of embeddings by the package's pattern, but for one that is the head's weight, too."""
+    heads = [parameter for name, parameter in model.named_parameters(remove_duplicate=False) if "lm_head" in name]
+    named = ((name, parameter) for name, parameter in trainable(model) if re.search(r"embed[^.]*\.", name))
+    return {name for name, parameter in named if not any(parameter is head for head in heads)}
 
 
 class BAdam(Method):

@@ -1,6 +1,6 @@
 """Fira: GaLore, plus the gradient outside the subspace, scaled like what is inside (Chen et al., arXiv 2410.01623).
 
-    W ← W − η [α P ψ(R) + φ ⊙ (G − P R)],   R = Pᵀ G,   φ = ‖ψ(R)‖ / ‖R‖ column by column
+    W ← W − η [α P ψ(R) + φ ⊙ (G − α P R)],   R = Pᵀ G,   φ = ‖ψ(R)‖ / ‖R‖ column by column
 
 where ``ψ`` is Adam, and a limiter keeps the norm of the second term from growing by more than 1 % a step.
 

@@ -83,20 +83,12 @@ class GradLite(SubspaceAdamW):
     ) -> None:
         if unknown:
             raise GradLiteError(_unknown_keyword(next(iter(unknown))))
-        chosen = {"feedback": feedback, "feedback_memory": feedback_memory, "basis": basis, "moments": moments}
-        for key, value in chosen.items():
-            if value not in _CHOICES[key]:
-                raise GradLiteError(f"{key}={value!r} is unknown; choose one of {', '.join(map(repr, _CHOICES[key]))}.")
-        if basis == "random" and feedback == "feedback":
-            raise GradLiteError(
-                'basis="random" never moves, so feedback="feedback" would never be released; '
-                'use feedback="same_step" or "off" with it.'
-            )
+        check_choices(feedback=feedback, feedback_memory=feedback_memory, basis=basis, moments=moments)
         if not isinstance(model, nn.Module):
             raise GradLiteError(
                 f"GradLite trains a torch.nn.Module, not {type(model).__name__}; pass the model, not its parameters."
             )
-        _check_numbers(lr, betas, eps, weight_decay, refresh_interval)
+        check_numbers(lr, betas, eps, weight_decay, refresh_interval)
         self.coverage: Coverage = attach(
             model,
             rank=rank,
@@ -207,7 +199,27 @@ def _unknown_keyword(word: str) -> str:
     return f"unknown keyword {word!r}; {hint}"
 
 
-def _check_numbers(lr: Any, betas: Any, eps: Any, weight_decay: Any, refresh_interval: Any = 1, where: str = "") -> None:
+def check_choices(**chosen: object) -> None:
+    """Raises GradLiteError for an unknown value of an option that has a few, and for two that exclude each other."""
+    for key, value in chosen.items():
+        if value not in _CHOICES[key]:
+            raise GradLiteError(f"{key}={value!r} is unknown; choose one of {', '.join(map(repr, _CHOICES[key]))}.")
+    if chosen.get("basis") == "random" and chosen.get("feedback") == "feedback":
+        raise GradLiteError(
+            'basis="random" never moves, so feedback="feedback" would never be released; '
+            'use feedback="same_step" or "off" with it.'
+        )
+
+
+def check_numbers(
+    lr: Any = 0.0,
+    betas: Any = (0.0, 0.0),
+    eps: Any = 1.0,
+    weight_decay: Any = 0.0,
+    refresh_interval: Any = 1,
+    where: str = "",
+) -> None:
+    """Raises GradLiteError for a number out of its range; what is not given is in its range."""
     pair = tuple(betas) if isinstance(betas, (tuple, list)) else ()
     ranges: list[tuple[str, object, bool, str]] = [
         ("lr", lr, _is_number(lr) and lr >= 0.0, "a finite number, at least 0"),
@@ -264,7 +276,7 @@ def _param_groups(
         unknown = set(settings) - set(defaults)
         if unknown:
             raise GradLiteError(f"unknown setting {min(unknown)!r} in a group; known: {', '.join(defaults)}.")
-        _check_numbers(**{**defaults, **settings}, where=f" in the group {patterns!r}")
+        check_numbers(**{**defaults, **settings}, where=f" in the group {patterns!r}")
         vectors = [] if "weight_decay" in settings else [name for name in names if name in plain and own[name].dim() < 2]
         others = [name for name in names if name not in vectors]
         if others:

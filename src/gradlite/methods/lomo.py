@@ -127,10 +127,11 @@ class AdaLomo(Lomo):
     """LOMO's pass with AdaLomo's factored second moments, by parameter name."""
 
     def __init__(self, name: str, model: nn.Module, optimizer: Optimizer, *, checkpointing: bool) -> None:
+        for key, parameter in trainable(model):  # before the hooks are there
+            if parameter.dim() not in (1, 2):
+                raise GradLiteError(f"method 'adalomo' factors matrices only, but {key!r} has {parameter.dim()} dimensions.")
         super().__init__(name, model, optimizer, checkpointing=checkpointing)
         for key, parameter in trainable(model):
-            if parameter.dim() > 2:
-                raise GradLiteError(f"method 'adalomo' factors matrices only, but {key!r} has {parameter.dim()} dimensions.")
             shapes = (
                 dict(zip(_MOMENTS[1:], parameter.shape, strict=True)) if parameter.dim() == 2 else {_MOMENTS[0]: len(parameter)}
             )

@@ -75,6 +75,7 @@ class Method(ABC):  # noqa: B024 - nothing is abstract: the base does the plain 
         self._checkpointing = checkpointing
         self._total_norm: Tensor | None = None  # of the gradients at hand, once clip() has measured it
         if checkpointing:
+            self._used_cache = getattr(getattr(model, "config", None), "use_cache", None)
             switch_checkpointing(model, on=True)
 
     def backward(self, loss: Tensor) -> None:
@@ -132,6 +133,8 @@ class Method(ABC):  # noqa: B024 - nothing is abstract: the base does the plain 
         """The model as it is to be saved (``save_pretrained``). Training it further takes a new method."""
         if self._checkpointing:
             switch_checkpointing(self.model, on=False)
+            config: Any = self.model.config
+            config.use_cache = self._used_cache
         return self.model
 
     def trained(self) -> list[nn.Parameter]:
@@ -206,7 +209,7 @@ class FusedBackward(Method):
 
 
 def switch_checkpointing(model: nn.Module, *, on: bool) -> None:
-    """Turns transformers' gradient checkpointing (and its generation cache, which excludes it) on or off."""
+    """Turns transformers' gradient checkpointing on (and its generation cache, which excludes it, off), or off."""
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise GradLiteError(f"{type(model).__name__} has no gradient checkpointing; build the method with checkpointing=False.")
     network: Any = model
@@ -216,9 +219,9 @@ def switch_checkpointing(model: nn.Module, *, on: bool) -> None:
         enable, disable = network.gradient_checkpointing_enable, network.gradient_checkpointing_disable
     if on:
         enable({"use_reentrant": False})
+        network.config.use_cache = False
     else:
         disable()
-    network.config.use_cache = not on
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -243,6 +243,7 @@ class _ZerothOrderModel(nn.Module):
         outputs = []
         with torch.no_grad():
             for sign in (-1, 1):  # both with the same dropout
+                torch.clear_autocast_cache()  # its casts are kept by parameter, and would be the other perturbation's
                 perturbation.sign = sign
                 try:
                     if sign < 0:
@@ -252,6 +253,7 @@ class _ZerothOrderModel(nn.Module):
                         outputs.append(own(*arguments, **keywords))
                 finally:
                     perturbation.sign = 0
+                    torch.clear_autocast_cache()
         minus, plus = outputs
         if isinstance(plus, Tensor):
             return _Direction.apply(optimizer.projected, plus, minus, optimizer.epsilon)

@@ -8,8 +8,9 @@ def adam_direction_(
 ) -> Tensor:
     """``m̂ / (√v̂ + ε)`` after moving both moments (in place) towards ``grad``.
 
-    All tensors of one shape in float32 or wider; ``step`` counts from 1. The learning rate, the weight decay and the
-    subspace scale are the caller's.
+    All tensors of one shape and dtype: float32 or wider, for in bfloat16 ``β₂ v`` rounds back to ``v``, which then never
+    decays (as in torch's own AdamW on bfloat16 weights, and in FOAM and LDAdam on them). ``step`` counts from 1. The learning
+    rate, the weight decay and the subspace scale are the caller's.
     """
     exp_avg.lerp_(grad, 1.0 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
