@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import gradlite
-from gradlite.attaching import attachment_of
+from gradlite.attaching import attachment_of, twins
+from gradlite.attaching.recognise import experts_kind
+from gradlite.train.loss import summed_loss
 
 Build = Callable[..., nn.Module]
 SHARED: dict[str, Any] = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "num_experts": 4}
@@ -111,25 +113,60 @@ def test_copies_and_pickles(mixture: nn.Module, tokens: dict[str, Tensor]) -> No
     assert all(parameter.grad is None for parameter in mixture.parameters())
 
 
-def test_generation_runs_the_models_own_code(mixture: nn.Module, tokens: dict[str, Tensor]) -> None:
+def test_generation_runs_the_models_own_code(
+    mixture: nn.Module, tokens: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = copy.deepcopy(mixture).eval()
     gradlite.attach(mixture.eval(), rank=4)
+    monkeypatch.setattr(twins, "subspace_experts", None)
     generate: dict[str, Any] = {"input_ids": tokens["input_ids"][:1], "max_new_tokens": 5, "do_sample": False}
     assert torch.equal(mixture.generate(**generate), plain.generate(**generate))  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("hold", ["exact", "recompute"])
 @pytest.mark.parametrize("balanced", ["config", "call"])
-def test_the_routers_own_loss_is_the_models(balanced: str, mixture: Any, tokens: dict[str, Tensor], attached: Any) -> None:
+def test_the_routers_own_loss_is_the_models(
+    balanced: str, hold: Any, mixture: Any, tokens: dict[str, Tensor], attached: Any, same_gradients: Any
+) -> None:
+    """Beside the tiles: full logits do not come back for it."""
     given: dict[str, Any] = {"output_router_logits": True} if balanced == "call" else {}
     mixture.config.output_router_logits = balanced == "config"
-    model = attached(mixture)
+    mixture.router_aux_loss_coef = 3.0  # so that its gradient is seen
+    model = attached(mixture, hold)
     found, wanted = model(**tokens, **given), mixture(**tokens, **given)
     torch.testing.assert_close(found.loss, wanted.loss, rtol=2e-6, atol=0)
-    assert found.aux_loss == wanted.aux_loss
+    torch.testing.assert_close(found.aux_loss, wanted.aux_loss)
+    assert found.logits is None
+    assert len(found.router_logits) == 2
+    found.loss.backward()
+    wanted.loss.backward()
+    same_gradients(model, mixture, 1e-5)
     model.config.output_router_logits = False
     without = model(**tokens)
     assert without.aux_loss is None
     assert without.loss < found.loss
+
+
+def test_the_routers_own_loss_is_no_part_of_a_sum_over_tokens(mixture: Any, tokens: dict[str, Tensor]) -> None:
+    plain, _ = summed_loss(copy.deepcopy(mixture), tokens)
+    gradlite.attach(mixture, rank=4)
+    mixture.config.output_router_logits = True
+    loss, _ = summed_loss(mixture, tokens)
+    torch.testing.assert_close(loss, plain, rtol=2e-6, atol=0)
+
+
+def test_an_activation_that_is_a_function() -> None:
+    """LFM2's experts have no module for it."""
+    from transformers.models.lfm2_moe import Lfm2MoeConfig
+    from transformers.models.lfm2_moe.modeling_lfm2_moe import Lfm2MoeExperts
+
+    torch.manual_seed(0)
+    experts = Lfm2MoeExperts(Lfm2MoeConfig(hidden_size=16, moe_intermediate_size=8, num_experts=4))
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    assert experts_kind(experts) == "silu"
+    experts.act_fn = lambda x, inplace=False: torch.sin(x)  # noqa: ARG005
+    assert experts_kind(experts) is None
 
 
 def test_experts_of_another_layout_stay_plain(tokens: dict[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from gradlite.hold.codec import EXACT, INT8, Codec
 from gradlite.hold.holder import Holder
@@ -72,6 +73,31 @@ def test_against_naive_code(elsewhere: bool, holder: Callable[..., Holder]) -> N
         torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-11)
 
 
+def test_a_replay_that_sends_tokens_elsewhere(holder: Callable[..., Holder]) -> None:
+    """As one from codes may: the gradients are those of the replay's routing, all of them."""
+    x, index, scale, gate_up, down = inputs()
+    index[:, 0], index[:, 1] = 0, 1
+    elsewhere = index.clone()
+    elsewhere[3, 0] = 2
+    (first, first_basis), (second, second_basis) = stacked(gate_up), stacked(down)
+    calls = iter((index, elsewhere))
+
+    def block(x: Tensor) -> Tensor:
+        return subspace_experts(x, next(calls), scale, first, second, "silu", holder()) * 1.0
+
+    checkpoint(block, x, use_reentrant=False).sin().sum().backward()
+    with torch.no_grad():
+        grad = naive(x, index, scale, gate_up, down).cos()
+    exact = torch.autograd.grad(naive(x, elsewhere, scale, gate_up, down), [x, scale, gate_up, down], grad)
+    for found, expected in (
+        (x.grad, exact[0]),
+        (scale.grad, exact[1]),
+        (first.coordinates_MR.grad, exact[2].flatten(0, 1) @ first_basis),
+        (second.coordinates_MR.grad, exact[3].flatten(0, 1) @ second_basis),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-11)
+
+
 def test_tokens_in_batches_and_a_frozen_part(holder: Callable[..., Holder]) -> None:
     x, index, scale, gate_up, down = inputs()
     (first, _), (second, basis_NR) = stacked(gate_up), stacked(down)
@@ -115,7 +141,7 @@ def test_what_is_held(codec: Codec, holder: Callable[..., Holder]) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         subspace_experts(x, index, scale, first, second, "silu", holder(codec))
     pairs = TOKENS * CHOICES
-    numbers = 8 * pairs + 8 * pairs
+    numbers = 8 * pairs + 8 * pairs + 8 * EXPERTS
     wanted = gated_bytes(codec, pairs, INNER, 8) + codec.nbytes(TOKENS, WIDTH, 8) + numbers
     assert wanted <= sum(held.values()) <= wanted + 8 * pairs  # the choices' places, for the scales' own gradient
 

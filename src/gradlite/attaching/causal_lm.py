@@ -1,6 +1,7 @@
 """Causal language models whose loss is computed in tiles over the vocabulary head: full logits never exist."""
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,9 @@ def forward_with_loss(model: Any, own_forward: Callable[..., Any], arguments: tu
     usual = given.get("return_dict") is not False and _is_default(given.get("logits_to_keep")) and _has_usual_loss(model)
     head = model.get_output_embeddings()
     balances = given.get("output_router_logits")  # then the model's own loss has a second part
-    usual = usual and not (getattr(model.config, "output_router_logits", False) if balances is None else balances)
+    balances = getattr(model.config, "output_router_logits", False) if balances is None else balances
+    balancing_loss = getattr(sys.modules[own_forward.__module__], "load_balancing_loss_func", None)
+    usual = usual and not (balances and balancing_loss is None)
     usual = usual and not head._forward_hooks and not head._forward_pre_hooks  # which want to see the logits, or change them
     if labels is None or not usual:
         return own_forward(*arguments, **keywords)
@@ -50,8 +53,16 @@ def forward_with_loss(model: Any, own_forward: Callable[..., Any], arguments: tu
     given.pop("logits_to_keep", None)
     if given.get("use_cache") is None and torch.is_grad_enabled():
         given["use_cache"] = False  # the config's default would keep every layer's keys and values
+    if balances:
+        given["output_router_logits"] = True
     outputs = model.base_model(**given)
-    loss = causal_lm_loss(model, outputs[0], labels, **own_loss)
+    loss, of_routers = causal_lm_loss(model, outputs[0], labels, **own_loss), {}
+    if balances and balancing_loss is not None:
+        of_routers["router_logits"] = outputs.router_logits
+        of_routers["aux_loss"] = balancing_loss(
+            outputs.router_logits, model.num_experts, model.num_experts_per_tok, given.get("attention_mask")
+        )
+        loss = loss + model.router_aux_loss_coef * of_routers["aux_loss"].to(loss.device)
     from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
     result = MoeCausalLMOutputWithPast if isinstance(outputs, MoeModelOutputWithPast) else CausalLMOutputWithPast
@@ -60,6 +71,7 @@ def forward_with_loss(model: Any, own_forward: Callable[..., Any], arguments: tu
         past_key_values=outputs.get("past_key_values"),
         hidden_states=outputs.get("hidden_states"),
         attentions=outputs.get("attentions"),
+        **of_routers,
     )
 
 

@@ -129,16 +129,20 @@ def is_linear(module: nn.Module) -> bool:
     )
 
 
-def activation_kind(module: nn.Module, like: Tensor) -> ActivationKind | None:
-    """The activation that ``module`` computes element by element, or None."""
-    if any(True for _ in module.children()) or module._parameters or module._buffers or not is_tried(like):
+def activation_kind(activation: Callable[[Tensor], Tensor], like: Tensor) -> ActivationKind | None:
+    """The activation that a module or function computes element by element, or None."""
+    if not is_tried(like):
         return None
+    if isinstance(activation, nn.Module):
+        if any(True for _ in activation.children()) or activation._parameters or activation._buffers:
+            return None
+        activation = activation.forward
     near = torch.linspace(-6.0, 6.0, 97).to(device=like.device, dtype=like.dtype)[None]
     far = near.new_tensor([[-100.0, -30.0, -10.0, 10.0, 30.0, 100.0]])  # where clipped ones differ
     errors: dict[ActivationKind, float] = {}
     for kind in get_args(ActivationKind):
         twin = partial(activation_value, kind=kind)
-        errors[kind] = max(_error(module.forward, twin, x) for x in (near, far))
+        errors[kind] = max(_error(activation, twin, x) for x in (near, far))
     best = min(errors, key=lambda kind: errors[kind])
     return best if errors[best] <= _TOLERANCE[near.dtype] / 8 else None
 
@@ -213,14 +217,15 @@ EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 def experts_kind(module: nn.Module) -> ActivationKind | None:
     """The activation of stacked experts ``Σ_k s_k · down_e(act(gate_e(x)) · up_e(x))``, or None where it is something else."""
     parts, weights = list(module.children()), module._parameters
-    if set(weights) != set(EXPERT_WEIGHTS) or len(parts) != 1 or module._buffers:
+    activation = parts[0] if parts else getattr(module, "act_fn", None)  # LFM2's is a function
+    if set(weights) != set(EXPERT_WEIGHTS) or len(parts) > 1 or module._buffers or not callable(activation):
         return None
     gate_up, down = (weights[name] for name in EXPERT_WEIGHTS)
     if gate_up is None or down is None or gate_up.dim() != 3 or down.dim() != 3:
         return None
     if tuple(gate_up.shape) != (len(down), 2 * down.shape[2], down.shape[1]):
         return None
-    kind, x = activation_kind(parts[0], gate_up), _rows(gate_up.shape[2], gate_up)
+    kind, x = activation_kind(activation, gate_up), _rows(gate_up.shape[2], gate_up)
     if kind is None or x is None:
         return None
     last = len(down) - 1

@@ -61,11 +61,6 @@ def grouped_linear(x_PN: Tensor, weight_EMN: Tensor, counts: tuple[int, ...]) ->
     return y_PM
 
 
-def _grouped_back(grad_PM: Tensor, weight_EMN: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """``δ W_e`` (P×N)."""
-    return grouped_linear(grad_PM, weight_EMN.transpose(1, 2), counts)
-
-
 class ExpertFactors:
     """The gradient of stacked weights as one matrix of E·M rows: ``left_PM``, ``right`` (here P×N), and each expert's pairs."""
 
@@ -81,7 +76,8 @@ class ExpertFactors:
         return product_EMS.flatten(0, 1)
 
     def left_matmul(self, probe_MS: Tensor) -> Tensor:
-        return _grouped_back(self.left_PM, probe_MS.unflatten(0, (len(self.counts), -1)), self.counts)
+        probe_EMS = probe_MS.unflatten(0, (len(self.counts), -1))
+        return grouped_linear(self.left_PM, probe_EMS.transpose(1, 2), self.counts)
 
     def left_norms(self) -> Tensor:
         return row_norms(self.left_PM)
@@ -94,10 +90,19 @@ class ExpertFactors:
         return rows_KEM.flatten(1)
 
 
-def _combined(h_PN: Tensor, scale_P: Tensor, weight_EMN: Tensor, routing: Routing, rows_TM: Tensor) -> Tensor:
-    """``Σ_p s_p W_e h_p`` over each token's pairs. ``rows_TM``: zeros that the sum is written into."""
-    y_PM = grouped_linear(h_PN, weight_EMN, routing.counts) * scale_P[:, None]
-    return rows_TM.index_add_(0, routing.token_P, y_PM.to(rows_TM.dtype))
+def _summed(
+    x_PN: Tensor, scale_P: Tensor | None, weight_EMN: Tensor, token_P: Tensor, counts: tuple[int, ...], num_tokens: int
+) -> Tensor:
+    """``Σ_p s_p W_e x_p`` over each token's pairs (T×M), in float32 or wider; one expert's products live at a time.
+
+    An expert has a token once at most, so the order of the sums is that of the experts on every device.
+    """
+    dtype = torch.promote_types(x_PN.dtype, torch.float32)
+    rows_TM = x_PN.new_zeros(num_tokens, weight_EMN.shape[1], dtype=dtype)
+    for expert, pairs in _segments(counts):
+        y_PM = (x_PN[pairs] @ weight_EMN[expert].to(x_PN.dtype).T).to(dtype)
+        rows_TM.index_add_(0, token_P[pairs], y_PM if scale_P is None else y_PM.mul_(scale_P[pairs, None]))
+    return rows_TM
 
 
 class StackedWeight(NamedTuple):
@@ -115,21 +120,23 @@ class _Gather(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight_EMN: Tensor, coordinates_MR: Tensor, absorb: Absorb, kept: Kept, routing: Routing
     ) -> Tensor:
-        ctx.absorb, ctx.kept, ctx.counts, ctx.shape = absorb, kept, routing.counts, x.shape
+        ctx.absorb, ctx.kept, ctx.shape = absorb, kept, x.shape
         return grouped_linear(x.reshape(-1, x.shape[-1])[routing.token_P], weight_EMN, routing.counts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_PM: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None, None]:
-        weight_EMN, token_P, *leaves = ctx.kept.saved()
+        weight_EMN, token_P, counts_E, *leaves = ctx.kept.saved()
+        counts = tuple(counts_E.tolist())
         grad_coordinates = grad_x = None
         if ctx.needs_input_grad[2]:
             x_TN = ctx.kept.ticket.get(leaves).view(-1, weight_EMN.shape[2]).to(grad_PM.dtype)
-            grad_coordinates = ctx.absorb(ExpertFactors(grad_PM, x_TN[token_P], ctx.counts))
+            grad_coordinates = ctx.absorb(ExpertFactors(grad_PM, x_TN[token_P], counts))
             del x_TN
         if ctx.kept.needs_x:
-            grad_x = grad_PM.new_zeros(ctx.shape)
-            grad_x.view(-1, ctx.shape[-1]).index_add_(0, token_P, _grouped_back(grad_PM, weight_EMN, ctx.counts))
+            num_tokens = ctx.shape[:-1].numel()
+            grad_TN = _summed(grad_PM, None, weight_EMN.transpose(1, 2), token_P, counts, num_tokens)
+            grad_x = grad_TN.to(grad_PM.dtype).view(ctx.shape)
         return grad_x, None, grad_coordinates, None, None, None
 
 
@@ -149,25 +156,26 @@ class _Scatter(torch.autograd.Function):
         num_tokens: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.absorb, ctx.kept, ctx.counts = absorb, kept, routing.counts
-        rows_TM = h_PN.new_zeros(num_tokens, weight_EMN.shape[1], dtype=dtype)
-        return _combined(h_PN, scale_P, weight_EMN, routing, rows_TM)
+        ctx.absorb, ctx.kept = absorb, kept
+        return _summed(h_PN, scale_P, weight_EMN, routing.token_P, routing.counts, num_tokens).to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TM: Tensor) -> tuple[Tensor | None, ...]:
-        weight_EMN, token_P, scale_P, *leaves = ctx.kept.saved()
-        h_PN = ctx.kept.ticket.get(leaves)
-        grad_PM = grad_TM[token_P].to(h_PN.dtype)
-        scale_P1 = scale_P[:, None].to(h_PN.dtype)
-        grad_coordinates = None
-        if ctx.needs_input_grad[3]:
-            grad_coordinates = ctx.absorb(ExpertFactors(grad_PM * scale_P1, h_PN, ctx.counts))
-        unscaled_PN = _grouped_back(grad_PM, weight_EMN, ctx.counts)
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
-            grad_scale = wide(unscaled_PN * h_PN).sum(1).to(scale_P.dtype)
-        return unscaled_PN * scale_P1, grad_scale, None, grad_coordinates, None, None, None, None, None
+        weight_EMN, token_P, scale_P, counts_E, *leaves = ctx.kept.saved()
+        counts, h_PN = tuple(counts_E.tolist()), ctx.kept.ticket.get(leaves)
+        grad_h, grad_scale = torch.empty_like(h_PN), torch.zeros_like(scale_P)
+        left_PM = h_PN.new_empty(len(h_PN), weight_EMN.shape[1]) if ctx.needs_input_grad[3] else None
+        for expert, pairs in _segments(counts):
+            grad_PM, scale_P1 = grad_TM[token_P[pairs]].to(h_PN.dtype), scale_P[pairs, None]
+            unscaled_PN = grad_PM @ weight_EMN[expert].to(h_PN.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_scale[pairs] = (wide(unscaled_PN) * h_PN[pairs]).sum(1).to(scale_P.dtype)
+            grad_h[pairs] = unscaled_PN.mul_(scale_P1)
+            if left_PM is not None:
+                left_PM[pairs] = grad_PM.mul_(scale_P1)
+        grad_coordinates = None if left_PM is None else ctx.absorb(ExpertFactors(left_PM, h_PN, counts))
+        return grad_h, grad_scale, None, grad_coordinates, None, None, None, None, None
 
 
 @torch.no_grad()
@@ -179,7 +187,8 @@ def experts_value(
     x_TN = x.reshape(-1, x.shape[-1])
     gate_PN, up_PN = grouped_linear(x_TN[routing.token_P], gate_up_EMN, routing.counts).chunk(2, dim=1)
     h_PN, scale_P = gated_value(kind, gate_PN, up_PN), scale_TK.reshape(-1)[routing.choice_P]
-    return _combined(h_PN, scale_P, down_EMN, routing, torch.zeros_like(x_TN)).view(x.shape)
+    rows_TM = _summed(h_PN, scale_P, down_EMN, routing.token_P, routing.counts, len(x_TN))
+    return rows_TM.to(x.dtype).view(x.shape)
 
 
 def subspace_experts(
@@ -205,12 +214,14 @@ def subspace_experts(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     index_TK, scale_TK = index_TK.reshape(-1, index_TK.shape[-1]), scale_TK.reshape(-1, scale_TK.shape[-1])
     routing = routing_of(index_TK, len(gate_up.weight_EMN))
+    # Saved like the pairs: a replay from codes may send tokens elsewhere, and then all of it must be the replay's.
+    counts_E = torch.tensor(routing.counts)
     with torch.autocast(x.device.type, enabled=False):
         kept = Kept(own.requires_grad)
         leaves: tuple[Tensor, ...] = ()
         if gate_up.coordinates_MR.requires_grad:
             kept.ticket, leaves = holder.hold(own, x.dtype)
-        x = Keep.apply(x, gate_up.coordinates_MR, kept, gate_up.weight_EMN, routing.token_P, *leaves)
+        x = Keep.apply(x, gate_up.coordinates_MR, kept, gate_up.weight_EMN, routing.token_P, counts_E, *leaves)
         both_PM = _Gather.apply(x, *gate_up, kept, routing)
         gate_PN, up_PN = both_PM.chunk(2, dim=1)
         h_PN = gated(gate_PN, up_PN, kind, holder)
@@ -218,6 +229,7 @@ def subspace_experts(
         scale_P = scale_TK.reshape(-1)[routing.choice_P]
         kept_h = Kept(h_PN.requires_grad)
         kept_h.ticket, leaves_h = holder.hold(h_PN)
-        h_PN = Keep.apply(h_PN, down.coordinates_MR, kept_h, down.weight_EMN, routing.token_P, scale_P.detach(), *leaves_h)
+        waiting = (down.weight_EMN, routing.token_P, scale_P.detach(), counts_E, *leaves_h)
+        h_PN = Keep.apply(h_PN, down.coordinates_MR, kept_h, *waiting)
         result_TM = _Scatter.apply(h_PN, scale_P, *down, kept_h, routing, own.shape[:-1].numel(), own.dtype)
     return in_shape_of(own, result_TM)

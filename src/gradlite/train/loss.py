@@ -17,14 +17,15 @@ from gradlite.train.tokens import IGNORED
 
 
 def summed_loss(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Cross-entropy summed over the labelled tokens of a batch, and their number.
+    """Cross-entropy summed over the labelled tokens of a batch, and their number. Routers' balancing losses are left out.
 
     `inputs["labels"]` (batch × tokens) holds the ids themselves, unshifted, and -100 where the loss does not look.
     Logits exist a tile at a time, or else for the positions that some row of the batch needs.
     """
     if tiles_its_loss(model):
         num_tokens = (inputs["labels"][:, 1:] != IGNORED).sum()
-        return model(**inputs, use_cache=False, num_items_in_batch=1).loss, num_tokens
+        balancing = {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
+        return model(**inputs, **balancing, use_cache=False, num_items_in_batch=1).loss, num_tokens
     others = {key: value for key, value in inputs.items() if key != "labels"}
     next_tokens = inputs["labels"][:, 1:]
     is_labelled = next_tokens != IGNORED
