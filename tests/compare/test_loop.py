@@ -46,6 +46,23 @@ def test_the_process_is_measured_on_a_batch_like_the_watched_one(
     assert "memory of step" not in (memory.note or "")
 
 
+def test_the_process_is_measured_above_the_weights_that_a_method_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the live tensors are: of 180 bytes that were loaded 80 are left, and the 100 that were freed are no saving."""
+    monkeypatch.setattr(loop_module, "forget_peak", lambda: True)
+    monkeypatch.setattr(loop_module, "anonymous_peak_bytes", lambda: 12_445)
+    model = Tiny()
+
+    def build() -> tuple[Method, LRScheduler]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return Method("tiny", model, optimizer), LambdaLR(optimizer, lambda _: 1.0)
+
+    ones = torch.ones(2, 7, dtype=torch.long)
+    loop = Loop(build, torch.device("cpu"), 1.0, weight_bytes=180, anonymous_bytes=200)
+    loop.run([{"input_ids": ones, "attention_mask": ones}] * 4, lambda _: None)
+    assert loop.measured.memory is not None
+    assert loop.measured.memory.process_peak_above_weights_bytes == 12_345
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_run_too_short_for_the_reported_step_says_which_step_it_is(steps: int) -> None:
     model = Tiny()

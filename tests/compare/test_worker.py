@@ -16,6 +16,7 @@ from gradlite.compare.loop import UNTIMED_STEPS
 from gradlite.compare.runs import RunSpec
 from gradlite.compare.worker import work
 from gradlite.errors import GradLiteError
+from gradlite.hold import compiled
 from gradlite.methods.gradlite import GradLite
 from gradlite.methods.method import Claims, Method
 
@@ -80,6 +81,18 @@ def test_weights_that_a_method_shrinks_are_no_saving_above_them(make_spec: MakeS
     assert coded.by_category_bytes.weights < 0.8 * plain.by_category_bytes.weights  # type: ignore[union-attr]
     beside = coded.peak_bytes - coded.by_category_bytes.weights  # type: ignore[union-attr]
     assert coded.peak_above_weights_bytes == beside
+
+
+def test_a_process_with_mapped_files_has_no_peak(make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are gone when it is read, and would pass for anonymous memory."""
+    monkeypatch.setattr(compiled._State, "usable", False)
+    peaks = []
+    for hold in ("recompute", "recompute-mapped"):
+        record = work(make_spec(method="gradlite", options={"hold": hold}, steps=5, batch_size=30), "")
+        assert record.memory is not None, record.reason
+        peaks.append(record.memory.process_peak_above_weights_bytes)
+    assert peaks[0] is not None or sys.platform != "linux"
+    assert peaks[1] is None
 
 
 def test_the_same_seed_gives_the_same_losses(make_spec: MakeSpec) -> None:

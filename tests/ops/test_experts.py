@@ -1,6 +1,6 @@
 """Stacked experts: value and all gradients against naive code in float64, and what is held."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -52,6 +52,16 @@ def stacked(weight: Tensor) -> tuple[StackedWeight, Tensor]:
     return StackedWeight(weight.detach(), coordinates, absorb), basis_NR
 
 
+def check_gradients(
+    x: Tensor, scale: Tensor, first: tuple[StackedWeight, Tensor], second: tuple[StackedWeight, Tensor], exact: Sequence[Tensor]
+) -> None:
+    """Against those of the tokens, the scales and both weights, of which the coordinates have what lies in their basis."""
+    in_bases = [grad.flatten(0, 1) @ basis_NR for grad, (_, basis_NR) in zip(exact[2:], (first, second), strict=True)]
+    found = (x.grad, scale.grad, first[0].coordinates_MR.grad, second[0].coordinates_MR.grad)
+    for grad, expected in zip(found, (*exact[:2], *in_bases), strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-11)
+
+
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_against_naive_code(elsewhere: bool, holder: Callable[..., Holder]) -> None:
     x, index, scale, gate_up, down = inputs()
@@ -64,13 +74,7 @@ def test_against_naive_code(elsewhere: bool, holder: Callable[..., Holder]) -> N
     found = subspace_experts(x, index, scale, first, second, "silu", holder())
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
     found.sin().sum().backward()
-    for grad, expected in (
-        (x.grad, exact[0]),
-        (scale.grad, exact[1]),
-        (first.coordinates_MR.grad, exact[2].flatten(0, 1) @ first_basis),
-        (second.coordinates_MR.grad, exact[3].flatten(0, 1) @ second_basis),
-    ):
-        torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-11)
+    check_gradients(x, scale, (first, first_basis), (second, second_basis), exact)
 
 
 def test_a_replay_that_sends_tokens_elsewhere(holder: Callable[..., Holder]) -> None:
@@ -89,13 +93,7 @@ def test_a_replay_that_sends_tokens_elsewhere(holder: Callable[..., Holder]) -> 
     with torch.no_grad():
         grad = naive(x, index, scale, gate_up, down).cos()
     exact = torch.autograd.grad(naive(x, elsewhere, scale, gate_up, down), [x, scale, gate_up, down], grad)
-    for found, expected in (
-        (x.grad, exact[0]),
-        (scale.grad, exact[1]),
-        (first.coordinates_MR.grad, exact[2].flatten(0, 1) @ first_basis),
-        (second.coordinates_MR.grad, exact[3].flatten(0, 1) @ second_basis),
-    ):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-11)
+    check_gradients(x, scale, (first, first_basis), (second, second_basis), exact)
 
 
 def test_tokens_in_batches_and_a_frozen_part(holder: Callable[..., Holder]) -> None:
@@ -144,6 +142,28 @@ def test_what_is_held(codec: Codec, holder: Callable[..., Holder]) -> None:
     numbers = 8 * pairs + 8 * pairs + 8 * EXPERTS
     wanted = gated_bytes(codec, pairs, INNER, 8) + codec.nbytes(TOKENS, WIDTH, 8) + numbers
     assert wanted <= sum(held.values()) <= wanted + 8 * pairs  # the choices' places, for the scales' own gradient
+
+
+def test_scores_in_float32_are_not_rounded(holder: Callable[..., Holder]) -> None:
+    """Nor is the sum over a token's experts: 1 + 3/512 is 1 where it is added up in bfloat16, whose steps are 1/128 there."""
+    many = 512
+    x = torch.randn(many, WIDTH).bfloat16()
+    gate_up, down = (torch.randn(1, *shape).bfloat16().expand(4, -1, -1) for shape in ((2 * INNER, WIDTH), (WIDTH, INNER)))
+    index = torch.arange(4).expand(many, 4)
+    one, more = torch.tensor([1.0, 0, 0, 0]), torch.tensor([1.0, *[1 / 512] * 3])
+    alone, summed = (experts_value(x, index, scale.expand(many, 4), gate_up, down, "silu") for scale in (one, more))
+    assert float(summed.float().norm() / alone.float().norm()) == pytest.approx(1 + 3 / 512, abs=1e-3)
+
+    norms = []
+    for scale in (1.0, 1.003):
+        first, second = (stacked(weight)[0] for weight in (gate_up, down))
+        rows = x.clone().requires_grad_()
+        scales = torch.full((many, 1), scale)
+        subspace_experts(rows, index[:, :1], scales, first, second, "silu", holder()).backward(alone)
+        assert rows.grad is not None
+        assert second.coordinates_MR.grad is not None
+        norms.append([float(grad.double().norm()) for grad in (rows.grad, second.coordinates_MR.grad)])
+    assert [after / before for before, after in zip(*norms, strict=True)] == pytest.approx([1.003, 1.003], abs=1e-3)
 
 
 def test_autocast_computes_in_the_short_format(holder: Callable[..., Holder]) -> None:

@@ -42,7 +42,7 @@ def forward_with_loss(model: Any, own_forward: Callable[..., Any], arguments: tu
     head = model.get_output_embeddings()
     balances = given.get("output_router_logits")  # then the model's own loss has a second part
     balances = getattr(model.config, "output_router_logits", False) if balances is None else balances
-    balancing_loss = getattr(sys.modules[own_forward.__module__], "load_balancing_loss_func", None)
+    balancing_loss: Any = getattr(sys.modules[own_forward.__module__], "load_balancing_loss_func", None)
     usual = usual and not (balances and balancing_loss is None)
     usual = usual and not head._forward_hooks and not head._forward_pre_hooks  # which want to see the logits, or change them
     if labels is None or not usual:
@@ -57,12 +57,11 @@ def forward_with_loss(model: Any, own_forward: Callable[..., Any], arguments: tu
         given["output_router_logits"] = True
     outputs = model.base_model(**given)
     loss, of_routers = causal_lm_loss(model, outputs[0], labels, **own_loss), {}
-    if balances and balancing_loss is not None:
-        of_routers["router_logits"] = outputs.router_logits
-        of_routers["aux_loss"] = balancing_loss(
-            outputs.router_logits, model.num_experts, model.num_experts_per_tok, given.get("attention_mask")
-        )
-        loss = loss + model.router_aux_loss_coef * of_routers["aux_loss"].to(loss.device)
+    if balances:
+        routers = outputs.router_logits
+        balance = balancing_loss(routers, model.num_experts, model.num_experts_per_tok, given.get("attention_mask"))
+        loss = loss + model.router_aux_loss_coef * balance.to(loss.device)
+        of_routers = {"router_logits": routers, "aux_loss": balance}
     from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
     result = MoeCausalLMOutputWithPast if isinstance(outputs, MoeModelOutputWithPast) else CausalLMOutputWithPast

@@ -50,7 +50,8 @@ def badam(
             None, [name for name, _ in named], include_embedding, include_lm_head
         )
         if include_lm_head and not include_embedding:  # the package puts embeddings into the head's block then
-            blocks[-1] = [name for name in blocks[-1] if name not in _embeddings(model)]
+            embeddings = _embeddings(model)
+            blocks[-1] = [name for name in blocks[-1] if name not in embeddings]
         if not any(blocks):
             raise GradLiteError(f"method 'badam' finds no 'layers.0', 'layers.1', … in {type(model).__name__}, its blocks.")
         optimizer = package.BlockOptimizer(
