@@ -1,6 +1,8 @@
 """What several tests share: one thread, tiny models, forty rows of data, the bytes that wait for backward."""
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,13 @@ from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested is the CPU's: a GPU sums in any order
+os.environ["TERM"] = "xterm"  # whatever the tests are started from, their screens are plain text
+for _variable in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(_variable, None)
+if shutil.which("c++") is None:
+    os.environ.setdefault("GRADLITE_COMPILE", "0")
 
 torch.set_num_threads(1)  # matrices this small are slower on several threads, far slower where the processors are busy
 

@@ -139,6 +139,13 @@ def test_a_dry_run_runs_nothing(call: Call, monkeypatch: pytest.MonkeyPatch) -> 
     assert (directory, retry_failed) == (Path("there"), False)
 
 
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_a_cpu_that_is_slow_with_bfloat16_is_told(call: Call, monkeypatch: pytest.MonkeyPatch, is_fast: bool) -> None:
+    monkeypatch.setattr("gradlite.measure.machine.multiplies_bfloat16", lambda: is_fast)
+    assert ("--dtype float32" in call("--methods", "adamw", "--tables", "1")[1]) == (not is_fast)
+    assert "--dtype float32" not in call("--methods", "adamw", "--tables", "1", "--dtype", "float32")[1]
+
+
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
 def test_being_ended_is_being_interrupted(call: Call, monkeypatch: pytest.MonkeyPatch, ending: signal.Signals) -> None:
     def run(_self: FakeRunner, _experiments: Sequence[Experiment]) -> list[Record]:
@@ -146,7 +153,7 @@ def test_being_ended_is_being_interrupted(call: Call, monkeypatch: pytest.Monkey
         raise AssertionError("went on")
 
     monkeypatch.setattr(FakeRunner, "run", run)
-    before = signal.getsignal(ending)
+    before = signal.signal(ending, signal.SIG_DFL)  # ignored under nohup, and then left so
     try:
         code, _, error = call("--methods", "adamw", "--tables", "1")
     finally:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -282,17 +283,22 @@ def test_tables_show_what_another_call_wrote_meanwhile(tmp_path: Path, model_dir
 def test_an_interrupted_worker_is_ended(make_spec: MakeSpec, tmp_path: Path) -> None:
     """The process itself is interrupted while its worker waits: the worker must be gone afterwards."""
     program = (
-        "import os, sys\nfrom gradlite.compare.runner import _run_process\n"
+        "import os, signal, sys\nfrom gradlite.compare.runner import _run_process\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which is ignored in a shell's background
         'worker = \'import os, time; print("step {}", flush=True); open(%r, "w").write(str(os.getpid())); time.sleep(60)\'\n'
         "try:\n    _run_process([sys.executable, '-c', worker % sys.argv[1]], sys.stderr, lambda step: None)\n"
         "except KeyboardInterrupt:\n    print('stopped')"
     )
     note = tmp_path / "pid"
     parent = subprocess.Popen([sys.executable, "-c", program, str(note)], stdout=subprocess.PIPE, text=True)
-    while not (note.exists() and note.read_text()):
-        assert parent.poll() is None
-    parent.send_signal(signal.SIGINT)
-    out, _ = parent.communicate(timeout=30)
+    try:
+        while not (note.exists() and note.read_text()):
+            assert parent.poll() is None
+            time.sleep(0.01)
+        parent.send_signal(signal.SIGINT)
+        out, _ = parent.communicate(timeout=30)
+    finally:
+        parent.kill()
     assert out == "stopped\n"
     with pytest.raises(ProcessLookupError):
         os.kill(int(note.read_text()), 0)

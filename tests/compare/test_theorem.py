@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.image import imread
 from torch import Tensor, nn
 
 import gradlite
@@ -189,7 +190,7 @@ def test_run_is_recorded_drawn_and_continued(tmp_path: Path, monkeypatch: pytest
     path = run_theorem(tmp_path, settings=TINY)
     record = json.loads(path.read_text())
     assert path == tmp_path / "theorem.json"
-    assert (tmp_path / "theorem.png").stat().st_size > 20_000
+    assert imread(tmp_path / "theorem.png").std() > 0.01  # something is on it
     assert all(key in record for key in ("versions", "machine", "command", "date", "summary"))
     # 2 problems × (2 lengths × 7 + exact SGD + 2 ranks × 3 + 11 memories)
     assert len(record["points"]) == 2 * (2 * 7 + 1 + 2 * 3 + 11)

@@ -1,5 +1,6 @@
 """Kernels give the eager result, are compiled once for any number of rows, and do without a compiler."""
 
+import shutil
 import warnings
 from typing import Any
 
@@ -24,6 +25,7 @@ def doubled(factor: float, x: Tensor, y: Tensor | None) -> Tensor:
     return x * factor if y is None else x * factor + y
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 def test_compiled_codes_for_any_number_of_rows() -> None:
     """Really compiles: the codes are the eager ones, and another length, in another mode, takes the same machine code."""
     from torch._dynamo.utils import counters

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -66,11 +67,12 @@ def test_a_llama_is_covered_counted_and_saved_as_it_is(tied: bool, tmp_path: Pat
     assert len(set(map(id, basis_of.values()))) == 2 * 4 + (1 if tied else 2)
     model.save_pretrained(tmp_path)
     loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
-    assert not list(tmp_path.glob("*gradlite*"))
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if "gradlite" in name or "coordinates" in name]
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, model.state_dict()[name])
     with torch.no_grad():
-        assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+        logits = [each(input_ids=ids).logits for each in (loaded, model.eval())]
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-6)
     assert torch.equal(
         model.generate(ids[:, :4], max_new_tokens=4, do_sample=False),
         loaded.generate(ids[:, :4], max_new_tokens=4, do_sample=False),

@@ -1,6 +1,7 @@
 """The embedded data set: usable, the same every time, and nothing of the held-out part in the training part."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -69,7 +70,7 @@ def test_the_rows_do_not_depend_on_the_process(split: tuple[list[Row], list[Row]
         "print(json.dumps(python_help()))"
     )
     command = [sys.executable, "-OO", "-W", "error", "-c", program]
-    output = subprocess.run(command, env={"PYTHONHASHSEED": "12345"}, capture_output=True, check=True, text=True)
+    output = subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": "12345"}, capture_output=True, check=True, text=True)
     assert output.stderr == ""
     train, held_out = json.loads(output.stdout)
     assert (train, held_out) == split

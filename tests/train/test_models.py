@@ -114,6 +114,14 @@ def test_the_embedded_model_without_its_package(monkeypatch: pytest.MonkeyPatch)
         load_model_and_tokenizer("smollm2", "bfloat16")
 
 
+def test_a_gguf_file_without_its_reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "small.gguf"
+    file.touch()
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(GradLiteError, match=r"'small\.gguf' takes the package gguf: run `pip install gguf`"):
+        load_model_and_tokenizer(str(file), "float32")
+
+
 def test_the_cache_directory_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_directory() == tmp_path / "gradlite"

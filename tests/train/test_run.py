@@ -391,3 +391,15 @@ def test_a_damaged_line_of_metrics_is_left_out_when_a_run_goes_on(train: Train) 
     metrics.write_text('{"step": 1, "loss"\n' + metrics.read_text())
     lines = train(save_every=3, max_steps=8, resume=True).metrics()
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+
+
+def test_the_number_format_is_settled_once(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradlite.train.number_format.multiplies_bfloat16", lambda: False)
+    outcome = train(dtype="auto", max_steps=2, save_every=2)
+    assert "float32 instead" in outcome.shown
+    assert yaml.safe_load((outcome.path / "config.yaml").read_text())["dtype"] == "float32"
+    assert weights(outcome.path)["model.norm.weight"].dtype == torch.float32
+    assert train(dtype="auto", max_steps=3, save_every=2, resume=True).record()["steps"] == 3
+    monkeypatch.setattr("gradlite.train.number_format.multiplies_bfloat16", lambda: True)
+    with pytest.raises(GradLiteError, match=r"other settings: dtype \('float32' then, 'bfloat16' now\)"):
+        train(dtype="auto", max_steps=4, resume=True)

@@ -103,7 +103,13 @@ def _run(chosen: list[Experiment], everything: list[Experiment], directory: Path
     """Do the runs of ``chosen``; the files that are written show all records of ``everything`` that are there."""
     from gradlite.compare.outputs import draw_figures, show_tables, write_tables  # brings matplotlib
     from gradlite.compare.runner import Runner
+    from gradlite.measure.machine import multiplies_bfloat16  # brings torch
 
+    if any(one.dtype != "float32" for one in chosen) and not multiplies_bfloat16():
+        console.print(
+            "This CPU has no fast bfloat16 products: runs may take twenty times as long as with --dtype float32.",
+            style="yellow",
+        )
     runner = Runner(directory, _command(), console, lambda records: write_tables(directory, everything, records), retry_failed)
     try:
         with ending_interrupts():  # or the run's process would go on alone

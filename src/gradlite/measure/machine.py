@@ -7,10 +7,23 @@ from typing import Any
 import torch
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether matrix products in bfloat16 have fast kernels here: on an accelerator, and on a CPU where oneDNN has them.
+
+    (On x86 that takes AVX-512.) Elsewhere PyTorch falls back to loops of 4 to 50 times a float32 product's time, measured with
+    AVX2 (docs/log.md).
+    """
+    if torch.accelerator.is_available():
+        return True
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not there in a build without oneDNN
+    return supported is not None and bool(supported())
+
+
 def machine() -> dict[str, Any]:
-    """Processor, threads, memory (bytes), and the GPU's name or None."""
+    """Processor and its vector instructions ("AVX2"), threads, memory (bytes), and the GPU's name or None."""
     return {
         "processor": platform.machine(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "num_processors": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

@@ -194,8 +194,11 @@ class TrainConfig(BaseModel):
         "Clip the gradient to this norm; 0: no clipping; none: 1 where the method can clip.",
         ge=0,
     )
-    dtype: Literal["bfloat16", "float32"] = setting(
-        "bfloat16", TRAINING, "'bfloat16' or 'float32'", "Number format of the weights and of the computation."
+    dtype: Literal["auto", "bfloat16", "float32"] = setting(
+        "auto",
+        TRAINING,
+        "'auto', 'bfloat16' or 'float32'",
+        "Number format of the weights and of the computation; auto: bfloat16, but float32 on a CPU that is slow with it.",
     )
     seed: int = setting(0, TRAINING, "a whole number from 0 to 4294967295", "Seed of everything random.", ge=0, le=2**32 - 1)
 

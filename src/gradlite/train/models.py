@@ -115,6 +115,8 @@ def _make_savable(model: PreTrainedModel, name: str) -> None:
 
 def _from_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Dequantise a GGUF file into an ordinary model, which (unlike what transformers returns) can be saved again."""
+    if importlib.util.find_spec("gguf") is None:
+        raise GradLiteError(f"reading {file.name!r} takes the package gguf: run `pip install gguf`, or choose another model.")
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting of transformers turns off
         quantised, tokenizer = _from_pretrained(str(file.parent), torch.float32, gguf_file=file.name)
     config = quantised.config

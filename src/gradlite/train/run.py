@@ -26,6 +26,7 @@ from gradlite.train.directory import RunDirectory, checkpoint_step
 from gradlite.train.disk import bytes_in, check_room, more_checkpoints, saved_bytes
 from gradlite.train.matmul_caches import limit_matmul_caches
 from gradlite.train.models import load_model_and_tokenizer
+from gradlite.train.number_format import number_format
 from gradlite.train.out_of_memory import out_of_memory_told
 from gradlite.train.outputs import save_outputs, show_answers, show_result
 from gradlite.train.overview import coverage_of, overview, state_bytes_of
@@ -58,7 +59,8 @@ class _Run:
     """The steps of one run, in order, and what they share."""
 
     def __init__(self, config: TrainConfig, console: Console) -> None:
-        self.config = config
+        dtype, self._notice = number_format(config.dtype)
+        self.config = config.model_copy(update={"dtype": dtype})
         self.console = console
         self.directory = RunDirectory(config.run_dir)
         self.progress = Progress(console)
@@ -71,6 +73,8 @@ class _Run:
     def do(self) -> Path:
         self.directory.check(self.config)
         _check_reporters(self.config)
+        if self._notice is not None:
+            self.console.print(Text(self._notice), style="yellow")
         self.console.print(Text(f"loading {self.config.model}"), style="dim")
         model, tokenizer = load_model_and_tokenizer(self.config.model, self.config.dtype)
         self.console.print(Text(f"reading {self.config.dataset}"), style="dim")
