@@ -104,8 +104,8 @@ def test_an_experiment_file(call: Call, tmp_path: Path) -> None:
         ("--methods adamv", "unknown method 'adamv'; did you mean"),
         ("--methods zzz", "unknown method 'zzz'; known are adamw,"),
         ("--lr fast", "--lr is 'fast', but it must be numbers"),
-        ("--lr -1", "--lr: Input should be greater than 0"),
-        ("--steps 0", "--steps: Input should be greater than or equal to 1"),
+        ("--lr -1", "--lr is -1.0, but it should be greater than 0."),
+        ("--steps 0", "--steps is 0, but it should be greater than or equal to 1."),
         ("--steps three", "Invalid value for '--steps'"),
         ("--preset paper-small --experiment x.yaml", "--preset and --experiment exclude each other"),
         ("--experiment x.yaml --tables 1", "--tables belongs to --preset"),
@@ -139,9 +139,34 @@ def test_a_dry_run_runs_nothing(call: Call, monkeypatch: pytest.MonkeyPatch) -> 
     assert (directory, retry_failed) == (Path("there"), False)
 
 
+@pytest.mark.parametrize(
+    ("failing", "code", "said"),
+    [(("adamw", "gradlite"), 1, "2 of 2 runs failed"), (("adamw",), 0, "1 of 2 runs failed"), ((), 0, None)],
+)
+def test_failed_runs_are_counted_and_none_that_succeeded_is_a_failure(
+    call: Call, monkeypatch: pytest.MonkeyPatch, failing: tuple[str, ...], code: int, said: str | None
+) -> None:
+    def run(_self: FakeRunner, experiments: Sequence[Experiment]) -> list[Record]:
+        specs = [spec for experiment in experiments for spec in sweep(experiment)]
+        return [spec.record("failed", "no luck") if spec.method in failing else spec.record("ok") for spec in specs]
+
+    monkeypatch.setattr(FakeRunner, "run", run)
+    got, out, _ = call("--methods", "AdamW,GradLite (int8)", "--tables", "1")
+    assert got == code
+    assert (said in out and "--retry-failed" in out) if said else "failed" not in out
+
+
+def test_in_a_pipe_tables_are_as_wide_as_they_must_be(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = call("--methods", "adamw", "--tables", "1")
+    assert "Process peak above weights (GB)" in out  # in one line
+
+
 @pytest.mark.parametrize("is_fast", [True, False])
 def test_a_cpu_that_is_slow_with_bfloat16_is_told(call: Call, monkeypatch: pytest.MonkeyPatch, is_fast: bool) -> None:
     monkeypatch.setattr("gradlite.measure.machine.multiplies_bfloat16", lambda: is_fast)
+    monkeypatch.setattr(dry_run_module, "show_runs", lambda *_: None)
+    assert ("--dtype float32" in call("--methods", "adamw", "--tables", "1", "--dry-run")[1]) == (not is_fast)
     assert ("--dtype float32" in call("--methods", "adamw", "--tables", "1")[1]) == (not is_fast)
     assert "--dtype float32" not in call("--methods", "adamw", "--tables", "1", "--dtype", "float32")[1]
 
@@ -164,8 +189,10 @@ def test_being_ended_is_being_interrupted(call: Call, monkeypatch: pytest.Monkey
 
 def test_an_interrupted_comparison_says_how_to_go_on(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeRunner, "error", KeyboardInterrupt())
+    monkeypatch.setattr(FakeRunner, "records", [])
     code, _, err = call("--tables", "2")
     assert code == 130
+    assert (FakeRunner.output_dir / "tables.md").is_file()  # without the record of a run that was begun anew
     assert "the same command goes on" in err
 
 

@@ -59,8 +59,14 @@ def test_a_loss_that_is_not_finite_is_null(tmp_path: Path) -> None:
         ("{", "is no whole record"),
         ("[]", "is no whole record"),
         (b"\xff", "is not UTF-8 text"),
-        (json.dumps({**record().model_dump(mode="json"), "status": "fine"}), "its key 'status' is wrong"),
-        (json.dumps({**record().model_dump(mode="json"), "record_version": 2}), "its key 'record_version' is wrong"),
+        (
+            json.dumps({**record().model_dump(mode="json"), "status": "fine"}),
+            "its key 'status' is 'fine', but it should be 'ok'",
+        ),
+        (
+            json.dumps({**record().model_dump(mode="json"), "record_version": 2}),
+            "its key 'record_version' is 2, but it should be 1",
+        ),
         (json.dumps({**record().model_dump(mode="json"), "curve": {"step": [1]}}), "differ in length"),
         (
             json.dumps({**record().model_dump(mode="json"), "energy": {"steps": [1], "layers": ["x"], "inside": [[]]}}),

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
+from gradlite.compare import dry_run
 from gradlite.compare import runner as runner_module
 from gradlite.compare.dry_run import show_runs
 from gradlite.compare.experiment import PRESETS, Experiment, load_experiment
@@ -21,6 +23,7 @@ from gradlite.compare.runner import Runner
 from gradlite.compare.runs import RunSpec, sweep
 from gradlite.errors import GradLiteError
 from gradlite.methods import check_options
+from gradlite.train.words import in_time
 
 MakeSpec = Callable[..., RunSpec]
 Process = Callable[[Sequence[str], Any, Callable[[Mapping[str, Any]], None]], int]
@@ -147,7 +150,7 @@ def test_what_no_run_can_have_stops_everything(tmp_path: Path, model_dir: Path, 
 def test_records_of_other_work_are_refused(tmp_path: Path, model_dir: Path, sums: Path, workers: Install) -> None:
     workers(good)
     make_runner(tmp_path).run([experiment(model_dir, sums)])
-    with pytest.raises(GradLiteError, match=r"is the record of other work \(its steps differs\)"):
+    with pytest.raises(GradLiteError, match=r"is the record of other work \(its steps differ: 2, not 3\)"):
         make_runner(tmp_path).run([experiment(model_dir, sums, steps=3)])
 
 
@@ -161,34 +164,55 @@ def test_a_failed_run_is_done_anew_with_a_corrected_option(
     workers(lambda spec: spec.record("failed", "no such option"))
     make_runner(tmp_path).run([work(rank=300)])
     again = workers(good)
-    with pytest.raises(GradLiteError, match=r"its options differs\); choose another --output-dir, or give --retry-failed"):
+    with pytest.raises(
+        GradLiteError,
+        match=r"its options differ: \{'rank': 300\}, not \{'rank': 3\}\); choose another --output-dir, or give --retry-failed",
+    ):
         make_runner(tmp_path).run([work(rank=3)])
     (record,) = make_runner(tmp_path, retry_failed=True).run([work(rank=3)])
     assert (record.status, record.options["rank"]) == ("ok", 3)
     assert len(again.runs) == 1
-    with pytest.raises(GradLiteError, match=r"its options differs\); choose another --output-dir, or delete it"):
+    with pytest.raises(GradLiteError, match=r"its options differ: .*\); choose another --output-dir, or delete it"):
         make_runner(tmp_path, retry_failed=True).run([work(rank=4)])
 
 
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        ({"method": "lora", "options": {"rnk": 3}}, r"^method 'lora' has no option 'rnk'; did you mean 'rank'\?$"),
+        (
+            {"method": "lora", "options": {"rnk": 3}},
+            r"^paper-small-quality, row 'A': method 'lora' has no option 'rnk'; did you mean 'rank'\?$",
+        ),
         (
             {"method": "lora", "options": {"rank": -4}},
-            r"^method 'lora': rank is -4, but it should be greater than or equal to 1",
+            r"^paper-small-quality, row 'A': method 'lora': rank is -4, but it should be greater than or equal to 1",
         ),
-        ({"method": "gradlite", "options": {"hold": "int9"}}, r"^method 'gradlite': hold is 'int9', but it should be 'exact',"),
+        (
+            {"method": "gradlite", "options": {"hold": "int9"}},
+            r"^paper-small-quality, row 'A': method 'gradlite': hold is 'int9', but it should be 'exact',",
+        ),
         ({"method": "gradlite", "options": {"rank": -4}}, r"rank"),
         (
             {"method": "gradlite", "options": {"checkpointing": True}},
-            r"^method 'gradlite' has no option 'checkpointing'; known",
+            r"^paper-small-quality, row 'A': method 'gradlite' has no option 'checkpointing'; known",
         ),
-        ({"method": "adamw", "options": {"lr": 1e-3}}, r"^method 'adamw' has no option 'lr'"),
-        ({"method": "gradlite", "options": {"refresh_interval": 0}}, r"^refresh_interval must be a whole number from 1, not 0"),
-        ({"method": "gradlite", "options": {"betas": [0.9, 1.5]}}, r"^betas must be two numbers in \[0, 1\)"),
-        ({"method": "gradlite", "options": {"basis": "random", "feedback": "feedback"}}, r"^basis=\"random\" never moves"),
-        ({"method": "ia3", "options": {"weight_decay": 0.1}}, r"^method 'ia3' has no use for weight decay"),
+        ({"method": "adamw", "options": {"lr": 1e-3}}, r"^paper-small-quality, row 'A': method 'adamw' has no option 'lr'"),
+        (
+            {"method": "gradlite", "options": {"refresh_interval": 0}},
+            r"^paper-small-quality, row 'A': refresh_interval must be a whole number from 1, not 0",
+        ),
+        (
+            {"method": "gradlite", "options": {"betas": [0.9, 1.5]}},
+            r"^paper-small-quality, row 'A': betas must be two numbers in \[0, 1\)",
+        ),
+        (
+            {"method": "gradlite", "options": {"basis": "random", "feedback": "feedback"}},
+            r"^paper-small-quality, row 'A': basis=\"random\" never moves",
+        ),
+        (
+            {"method": "ia3", "options": {"weight_decay": 0.1}},
+            r"^paper-small-quality, row 'A': method 'ia3' has no use for weight decay",
+        ),
     ],
 )
 def test_options_are_checked_before_anything_runs(
@@ -200,6 +224,27 @@ def test_options_are_checked_before_anything_runs(
     with pytest.raises(GradLiteError, match=sentence):
         show_runs([work], tmp_path, Console(file=io.StringIO()))
     assert only.runs == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model": "./nowhere"}, r"^model '\./nowhere' is not a directory with a config\.json"),
+        ({"dataset": "nowhere.jsonl"}, r"^dataset 'nowhere\.jsonl' does not exist"),
+        ({}, r"file' is not a directory that can be written to; choose another --output-dir\.$"),
+    ],
+)
+def test_places_are_checked_before_anything_is_made(
+    tmp_path: Path, model_dir: Path, sums: Path, workers: Install, changes: dict[str, str], sentence: str
+) -> None:
+    work, only = experiment(model_dir, sums, **changes), workers(good)
+    (tmp_path / "file").touch()
+    directory = tmp_path / ("out" if changes else "file")
+    with pytest.raises(GradLiteError, match=sentence):
+        make_runner(directory).run([work])
+    with pytest.raises(GradLiteError, match=sentence):
+        show_runs([work], directory, Console(file=io.StringIO()))
+    assert (only.runs, {path.name for path in tmp_path.iterdir()}) == ([], {"file", "sums.jsonl"})
 
 
 def test_the_options_of_shipped_experiments_are_accepted() -> None:
@@ -356,10 +401,30 @@ def test_other_work_of_the_same_experiment_is_refused(tmp_path: Path, model_dir:
     """Whatever its rate, under which its file has another name: its rows would be left out of the tables."""
     workers(good)
     make_runner(tmp_path).run([experiment(model_dir, sums)])
-    with pytest.raises(GradLiteError, match=r"of other work \(its steps differs\); choose another --output-dir"):
+    with pytest.raises(GradLiteError, match=r"of other work \(its steps differ: 2, not 3\); choose another --output-dir"):
         make_runner(tmp_path).check([experiment(model_dir, sums, steps=3, learning_rates=[2e-3])])
     make_runner(tmp_path).check([experiment(model_dir, sums, learning_rates=[2e-3])])
     make_runner(tmp_path).check([experiment(model_dir, sums, name="other", steps=3)])
+
+
+def test_a_dry_run_adds_up_each_experiments_own_speed(
+    model_dir: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speeds = {torch.float32: 1e9, torch.bfloat16: 1e6}
+    monkeypatch.setattr(dry_run, "_operations_per_second", speeds.__getitem__)
+    monkeypatch.setattr(dry_run, "_size_and_loading", lambda *_: (1000, 7.0))
+    works = [experiment(model_dir, sums, name=dtype, dtype=dtype) for dtype in ("float32", "mixed")]
+    tokens, evaluated = 4 * 2 * 4 * 96, 4 * 2 * 2 * 96  # in 4 runs: 2 steps of 4 rows; 2 rows before and after
+    in_products = [1.5 * 1000 * (6 * tokens + 2 * evaluated) / speed for speed in speeds.values()]
+    screen = io.StringIO()
+    dry_run.show_runs(works, tmp_path, Console(file=screen, width=200))
+    assert f"8 runs, {2 * tokens:,} tokens at most; about {in_time(8 * 7 + sum(in_products))} " in " ".join(
+        screen.getvalue().split()
+    )
+
+
+def test_the_speed_of_products_is_found_in_a_moment() -> None:
+    assert dry_run._operations_per_second(torch.float32) > 1e6
 
 
 def test_a_dry_run_tells_a_memory_experiment_with_too_few_steps(model_dir: Path, sums: Path, tmp_path: Path) -> None:

@@ -240,6 +240,11 @@ def test_a_best_rate_at_the_edge_of_the_sweep_is_remarked() -> None:
     assert remark(1.0) == ""
 
 
+def test_training_that_did_harm_is_remarked() -> None:
+    rose = quality_table([record("A", loss=3.1), record("B", loss=2.9)], "t")
+    assert [row[-1] for row in rose.rows] == ["held-out loss rose", ""]
+
+
 def test_a_row_without_a_good_run() -> None:
     table = quality_table([record("a", status="failed", reason="x"), record("b", loss=1.0)], "T", ["a"])
     assert cell(table, "a", "Best rate") == NONE

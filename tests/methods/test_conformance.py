@@ -433,6 +433,19 @@ def test_what_does_not_fit_is_told_in_a_sentence(call: tuple[str, dict[str, Any]
     assert sentence in str(caught.value)
 
 
+def test_what_is_no_model_and_a_model_that_is_attached_are_refused() -> None:
+    for wrong in (None, "smollm2"):
+        with pytest.raises(GradLiteError, match=rf"method 'adamw' needs a model \(torch\.nn\.Module\), not {wrong!r}\.$"):
+            gradlite.methods.build("adamw", wrong, lr=1e-3)  # type: ignore[arg-type]
+    model = llama()
+    gradlite.attach(model)
+    names = list(model.state_dict())
+    with pytest.raises(GradLiteError, match=r"GradLite is attached to; call gradlite\.detach\(model\) first\.$"):
+        gradlite.methods.build("lora", model, lr=1e-3)
+    assert list(model.state_dict()) == names
+    gradlite.methods.build("lora", gradlite.detach(model), lr=1e-3)
+
+
 def test_a_model_without_checkpointing_and_one_without_layers_are_refused() -> None:
     model = nn.Sequential(nn.Linear(16, 16))
     with pytest.raises(GradLiteError, match="Sequential has no gradient checkpointing"):

@@ -175,7 +175,8 @@ def test_a_bad_value_names_key_value_and_what_is_accepted(key: str, value: objec
         ("batch-size", "batch_size"),
         ("Rank", "rank"),
         ("learning_rate", "lr"),
-        ("stepz", None),
+        ("steps", "max_steps"),
+        ("zzz", None),
     ],
 )
 def test_an_unknown_key_suggests_the_nearest(key: str, nearest: str | None, tmp_path: Path) -> None:

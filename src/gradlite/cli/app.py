@@ -13,6 +13,7 @@ from gradlite.cli.flags import KEEP_UNKNOWN
 from gradlite.cli.report import report
 from gradlite.cli.train import train
 from gradlite.errors import GradLiteError
+from gradlite.train.huge_pages import ask_for_huge_pages
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # which name no file where it was open already
 
@@ -41,7 +42,10 @@ def _gradlite(
 
 
 def main() -> None:
-    """Run the command line and end the process with its exit code: 0; 2 for bad input; 130 when interrupted."""
+    """Run the command line and end the process with its exit code: 0; 1 where all runs failed; 2 for bad input; 130 when
+    interrupted.
+    """
+    ask_for_huge_pages()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that has no ⟦ must not end a run

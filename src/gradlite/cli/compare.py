@@ -91,6 +91,7 @@ def compare(
         everything = all_tables(preset or _DEFAULT_PRESET, overrides)
     directory = output_dir or Path("runs/compare") / (experiment.stem if experiment else preset or _DEFAULT_PRESET)
     _check_methods(chosen)
+    _warn_of_slow_bfloat16(chosen, console)
     if dry_run:
         from gradlite.compare.dry_run import show_runs  # brings torch
 
@@ -103,6 +104,27 @@ def _run(chosen: list[Experiment], everything: list[Experiment], directory: Path
     """Do the runs of ``chosen``; the files that are written show all records of ``everything`` that are there."""
     from gradlite.compare.outputs import draw_figures, show_tables, write_tables  # brings matplotlib
     from gradlite.compare.runner import Runner
+
+    runner = Runner(directory, _command(), console, lambda records: write_tables(directory, everything, records), retry_failed)
+    try:
+        with ending_interrupts():  # or the run's process would go on alone
+            done = runner.run(chosen)
+    except KeyboardInterrupt:
+        write_tables(directory, everything, runner.records)  # of a run that was begun anew there is no record any more
+        typer.echo(f"stopped: the same command goes on with the runs that have no record in {directory}.", err=True)
+        raise typer.Exit(130) from None
+    show_tables(console, chosen, runner.records)
+    for path in draw_figures(directory, chosen, runner.records):
+        console.print(f"drawn {path}")
+    console.print(f"records, tables and figures are in {directory}")
+    failed = sum(record.status != "ok" for record in done)
+    if failed:
+        console.print(f"{failed} of {len(done)} runs failed, for the reasons in the tables; --retry-failed does them again.")
+    if failed == len(done):
+        raise typer.Exit(1)
+
+
+def _warn_of_slow_bfloat16(chosen: list[Experiment], console: Console) -> None:
     from gradlite.measure.machine import multiplies_bfloat16  # brings torch
 
     if any(one.dtype != "float32" for one in chosen) and not multiplies_bfloat16():
@@ -110,17 +132,6 @@ def _run(chosen: list[Experiment], everything: list[Experiment], directory: Path
             "This CPU has no fast bfloat16 products: runs may take twenty times as long as with --dtype float32.",
             style="yellow",
         )
-    runner = Runner(directory, _command(), console, lambda records: write_tables(directory, everything, records), retry_failed)
-    try:
-        with ending_interrupts():  # or the run's process would go on alone
-            runner.run(chosen)
-    except KeyboardInterrupt:
-        typer.echo(f"stopped: the same command goes on with the runs that have no record in {directory}.", err=True)
-        raise typer.Exit(130) from None
-    show_tables(console, chosen, runner.records)
-    for path in draw_figures(directory, chosen, runner.records):
-        console.print(f"drawn {path}")
-    console.print(f"records, tables and figures are in {directory}")
 
 
 def _check_methods(chosen: list[Experiment]) -> None:

@@ -3,7 +3,6 @@
 Importing this module is light: no torch, no transformers.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from gradlite.errors import GradLiteError
 from gradlite.methods import unknown
 from gradlite.train.yaml_file import read_mapping
+from gradlite.validation import in_words, nearest, sentence
 
 _FOLDER = Path(str(files("gradlite.compare") / "experiments"))
 
@@ -81,7 +81,7 @@ class MethodEntry(_Part):
 class Experiment(_Part):
     """Methods and the work that each of them does. docs: the comments in experiments/default.yaml."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str
     kind: Kind = "quality"
     title: str = ""
     model: str = Field(min_length=1)
@@ -102,6 +102,15 @@ class Experiment(_Part):
     learning_rates: list[Rate] | None = Field(None, min_length=1)
     rates: dict[str, list[Rate]]
 
+    @field_validator("name")
+    @classmethod
+    def _part_of_file_names(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(
+                f"{name!r} cannot be a part of file names: letters, digits, '.', '_' and '-' can, with none of the signs first"
+            )
+        return name
+
     @field_validator("seeds")
     @classmethod
     def _distinct_seeds(cls, seeds: list[int]) -> list[int]:
@@ -118,7 +127,7 @@ class Experiment(_Part):
     def _of_methods(cls, rates: dict[str, list[Rate]]) -> dict[str, list[Rate]]:
         wrong = next((problem for problem in map(unknown, rates) if problem is not None), None)
         if wrong is not None:
-            raise ValueError(wrong.rstrip(".?"))
+            raise ValueError(wrong)
         for method, own in rates.items():
             try:
                 _rates_once_each(own)
@@ -152,7 +161,7 @@ class Experiment(_Part):
         """The learning rates that the first seed runs."""
         wrong = unknown(entry.method)
         if wrong is not None:
-            raise ValueError(wrong.rstrip(".?"))  # whoever tells it ends the sentence
+            raise ValueError(wrong)
         found = entry.learning_rates or self.learning_rates or self.rates.get(entry.method)
         if not found:
             raise ValueError(f"there are no learning rates for method {entry.method!r}; give learning_rates")
@@ -178,7 +187,7 @@ class Experiment(_Part):
         try:
             self._check_rows([*kept, *(entry for entry in added if unknown(entry.method) is None)])
         except ValueError as error:
-            raise GradLiteError(f"--methods with the experiment {self.name!r}: {error}.") from None
+            raise GradLiteError(sentence(f"--methods with the experiment {self.name!r}: {error}")) from None
         return self.model_copy(update={"methods": [*kept, *added]}) if kept or added else None
 
 
@@ -192,9 +201,7 @@ def load_experiment(source: str | Path, overrides: Mapping[str, Any] | None = No
     known = list(Experiment.model_fields)
     for key in own:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
-            raise GradLiteError(f"unknown key {key!r} in {path}; {hint}")
+            raise GradLiteError(f"unknown key {key!r} in {path}; {nearest(str(key), known)}")
     default = read_mapping(_FOLDER / "default.yaml")
     settings = {**default, "name": path.stem, **own, **(overrides or {})}
     rates = own.get("rates") or {}
@@ -210,12 +217,22 @@ def load_experiment(source: str | Path, overrides: Mapping[str, Any] | None = No
         return Experiment.model_validate(settings)
     except ValidationError as error:
         problem = error.errors()[0]
-    reason = str(problem["ctx"]["error"]) if problem["type"] == "value_error" else problem["msg"]
     key = str(problem["loc"][0]) if problem["loc"] else ""
     if key in (overrides or {}):
-        raise GradLiteError(f"{_FLAGS.get(key, '--' + key.replace('_', '-'))}: {reason}.")
-    place = ".".join(map(str, problem["loc"]))
-    raise GradLiteError(f"{path.name}: {place + ': ' if place else ''}{reason}.")
+        raise GradLiteError(sentence(in_words(problem, _FLAGS.get(key, "--" + key.replace("_", "-")))))
+    clause = in_words(problem, _place(problem["loc"], settings), list(MethodEntry.model_fields))
+    raise GradLiteError(sentence(f"{path.name}: {clause}"))
+
+
+def _place(location: Sequence[str | int], settings: Mapping[str, Any]) -> str:
+    """Where something stands in an experiment's file: rows by their labels, where they have one, as tables name them."""
+    parts = list(map(str, location))
+    if len(location) > 1 and location[0] == "methods":
+        row = settings["methods"][location[1]]
+        label = row.get("label") if isinstance(row, dict) else None
+        parts[:2] = [f"methods, row {label!r}" if label else f"methods, row {int(location[1]) + 1}"]
+        return ": ".join(filter(None, [parts[0], ".".join(parts[1:])]))
+    return ".".join(parts)
 
 
 def choose_experiments(

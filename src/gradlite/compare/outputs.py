@@ -19,6 +19,7 @@ from gradlite.compare.tables import (
     to_markdown,
     to_rich,
 )
+from gradlite.compare.terminal import print_table
 from gradlite.train.files import write_text
 
 
@@ -73,4 +74,4 @@ def draw_figures(output_dir: Path, experiments: Sequence[Experiment], records: S
 def show_tables(console: Console, experiments: Sequence[Experiment], records: Sequence[Record]) -> None:
     """Print all tables."""
     for table in tables_of(experiments, records).values():
-        console.print(to_rich(table))
+        print_table(console, to_rich(table))

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from gradlite.errors import GradLiteError
 from gradlite.train.files import write_json
+from gradlite.validation import in_words
 
 Status = Literal["ok", "failed", "out_of_memory"]
 
@@ -170,5 +171,5 @@ def read_record(path: Path) -> Record:
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(map(str, problem["loc"]))
-        what = f"its key {place!r} is wrong: {problem['msg']}" if place else problem["msg"]
+        what = in_words(problem, f"its key {place!r}") if place else problem["msg"]
         raise GradLiteError(f"{path} is no whole record ({what}); delete it, and its run is done anew.") from None

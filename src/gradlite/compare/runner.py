@@ -18,12 +18,15 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from gradlite.compare.experiment import Experiment
+from gradlite.compare.experiment import Experiment, MethodEntry
 from gradlite.compare.record import Record, read_record, write_record
-from gradlite.compare.runs import BAD_INPUT, NOTICE, STEP, RunSpec, further_seeds, num_runs, other_work, sweep
+from gradlite.compare.runs import BAD_INPUT, NOTICE, STEP, RunSpec, further_seeds, num_runs, other_work, same_work, sweep
 from gradlite.errors import GradLiteError
 from gradlite.methods import check_options
+from gradlite.train.files import check_writable
+from gradlite.train.local_names import check_dataset, check_model
 from gradlite.train.words import in_bytes, in_time
+from gradlite.validation import shown
 
 _SECONDS_TO_END = 10.0
 
@@ -42,6 +45,7 @@ class Runner:
         on_record: Callable[[Sequence[Record]], None],
         retry_failed: bool = False,
     ) -> None:
+        self._output_dir = output_dir
         self.records_dir = output_dir / "records"
         self._logs_dir = output_dir / "logs"
         self._command = command
@@ -53,17 +57,21 @@ class Runner:
         self._seconds: dict[str, list[float]] = {}  # of the runs done now, by experiment
 
     def check(self, experiments: Sequence[Experiment]) -> None:
-        """Raises GradLiteError for an option that no model could have, and if a record that is there belongs to other work.
+        """Raises GradLiteError for a place that cannot be written to, a model or data set that can only be a path and is not
+        there, an option that no model could have, and a record that is there and belongs to other work.
 
         Costs next to nothing, so it comes first.
         """
+        check_writable(self._output_dir)
         for experiment in experiments:
+            check_model(experiment.model)
+            check_dataset(experiment.dataset)
             for entry in experiment.methods:
                 if entry.options:  # without any there is nothing to check, and no need for torch
-                    check_options(entry.method, entry.options)
+                    _check_options(experiment, entry)
             for record in self.records:
                 if record.experiment == experiment.name:
-                    self._refuse(other_work(experiment, record), record)
+                    self._refuse(same_work(experiment, record), other_work(experiment, record), record)
             for spec in sweep(experiment):
                 self.found(spec)
 
@@ -78,19 +86,21 @@ class Runner:
         record = read_record(path)
         if self._retry_failed and record.status != "ok":  # whatever it was a record of: an option that was corrected, say
             return None
-        self._refuse(spec.differs_from(record), record)
+        self._refuse(spec, spec.differs_from(record), record)
         return record if record.taken_from is None else self._found_elsewhere(spec)
 
-    def _refuse(self, key: str | None, record: Record) -> None:
+    def _refuse(self, spec: RunSpec, key: str | None, record: Record) -> None:
         """Raises GradLiteError for a record that is of other work in ``key``, unless it failed and is to be done anew."""
         failed = record.status != "ok"
         if key is None or (self._retry_failed and failed):
             return
         name = key.removesuffix("_fingerprint")
-        what = f"its {name}" if name == key else f"the content of its {name}"
+        values = f"{shown(_value(record, key))}, not {shown(_value(spec.record('ok'), key))}"
+        told = f"its {name} differ{'' if name.endswith('s') else 's'}: {values}"
+        what = told if name == key else f"the content of its {name} differs"
         remedy = "give --retry-failed, which does failed runs anew" if failed else "delete it"
         path = self.records_dir / f"{record.run}.json"
-        raise GradLiteError(f"{path} is the record of other work ({what} differs); choose another --output-dir, or {remedy}.")
+        raise GradLiteError(f"{path} is the record of other work ({what}); choose another --output-dir, or {remedy}.")
 
     def _found_elsewhere(self, spec: RunSpec) -> Record | None:
         """Only of other experiments: rows of one experiment that do the same were asked for twice."""
@@ -194,6 +204,20 @@ class Runner:
                     self._console.print(line)
 
             yield show
+
+
+def _check_options(experiment: Experiment, entry: MethodEntry) -> None:
+    try:
+        check_options(entry.method, entry.options)
+    except GradLiteError as error:
+        raise GradLiteError(f"{experiment.name}, row {entry.label!r}: {error}") from None
+
+
+def _value(record: Record, key: str) -> object:
+    """What a record says of a key that its run was asked for."""
+    if key != "options":
+        return getattr(record, key)
+    return {option: value for option, value in record.options.items() if option != "max_grad_norm"}
 
 
 def _run_process(command: Sequence[str], errors: Any, on_step: Callable[[Mapping[str, Any]], None]) -> int:

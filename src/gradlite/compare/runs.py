@@ -119,8 +119,13 @@ def spec_of(experiment: Experiment, entry: MethodEntry, lr: float, seed: int) ->
 
 def other_work(experiment: Experiment, record: Record) -> str | None:
     """The first key in which a record is of other work than this experiment's, whichever its method, options, rate and seed."""
-    spec = spec_of(experiment, experiment.methods[0], record.lr, record.seed)
+    spec = same_work(experiment, record)
     return next((key for key in spec.differences(record) if key not in ("run", "label", "method", "options")), None)
+
+
+def same_work(experiment: Experiment, record: Record) -> RunSpec:
+    """A run of this experiment at a record's rate and seed, of whichever row."""
+    return spec_of(experiment, experiment.methods[0], record.lr, record.seed)
 
 
 def sweep(experiment: Experiment) -> list[RunSpec]:

@@ -117,7 +117,7 @@ def quality_table(records: Sequence[Record], title: str, baselines: Sequence[str
                 _range(list(finals[name].values()), ".4f"),
                 str(len(finals[name])),
                 *(_percent(finals[name], finals[other]) for other in known),
-                "; ".join(filter(None, [_remark(runs), _edge(swept, best)])),
+                "; ".join(filter(None, [_remark(runs), _edge(swept, best), _rise(at_best_rate(runs, first_seed))])),
             )
         )
     columns = (
@@ -261,6 +261,13 @@ def _edge(swept: Sequence[Record], best: float | None) -> str:
     if best is None or len(tried) < 2 or min(tried) < best < max(tried):
         return ""
     return f"best rate is the {'lowest' if best == min(tried) else 'highest'} tried"
+
+
+def _rise(runs: Sequence[Record]) -> str:
+    """Said where training did harm at the best rate that was tried."""
+    losses = [(run.held_out[0].loss, run.final_held_out_loss) for run in runs if run.held_out and run.held_out[0].step == 0]
+    rose = any(before is not None and after is not None and after > before for before, after in losses)
+    return "held-out loss rose" if rose else ""
 
 
 def _work_notes(records: Sequence[Record]) -> tuple[str, ...]:

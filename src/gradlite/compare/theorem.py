@@ -29,10 +29,11 @@ from rich.progress import Progress
 
 import gradlite
 from gradlite.compare.convex_problems import ConvexProblem, least_squares, logistic_regression
+from gradlite.compare.terminal import print_table
 from gradlite.compare.theorem_figure import draw_theorem
 from gradlite.compare.theorem_sgd import SubspaceSGD, Variant
 from gradlite.compare.theorem_tables import markdown_tables, rich_tables, summarise
-from gradlite.train.files import write_json, write_text
+from gradlite.train.files import check_writable, write_json, write_text
 
 EXACT = Variant("exact SGD", basis=None)
 STATIC = Variant("no feedback, static random basis", basis="random")
@@ -99,6 +100,7 @@ def run_theorem(output_dir: Path, console: Console | None = None, settings: Sett
     About 14 minutes on one thread. ``console``: where progress and tables are shown; nothing is shown without one.
     """
     console = console or Console(quiet=True)
+    check_writable(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / "theorem.json"
     header = _header(settings)
@@ -127,7 +129,7 @@ def run_theorem(output_dir: Path, console: Console | None = None, settings: Sett
     write_text(output_dir / "theorem.md", markdown_tables(record))
     draw_theorem(record, output_dir / "theorem.png")
     for table in rich_tables(record):
-        console.print(table)
+        print_table(console, table)
     return path
 
 

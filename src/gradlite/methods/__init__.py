@@ -5,7 +5,6 @@
 Importing this module is light: torch, a method's file and its third-party package are loaded when the method is built.
 """
 
-import difflib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from pydantic import ConfigDict, ValidationError, create_model, validate_call
 
 from gradlite.errors import GradLiteError
 from gradlite.methods.packages import hold_back_torchao_lines
+from gradlite.validation import in_words, nearest, sentence, shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,7 +60,7 @@ def names() -> tuple[str, ...]:
 
 def unknown(name: str) -> str | None:
     """A sentence where there is no such method."""
-    return None if name in _HOME else f"unknown method {name!r}; {_nearest(name, names())}"
+    return None if name in _HOME else f"unknown method {name!r}; {nearest(name, names())}"
 
 
 def build(name: str, model: "nn.Module", *, lr: float, **options: Any) -> "Method":
@@ -73,9 +73,11 @@ def build(name: str, model: "nn.Module", *, lr: float, **options: Any) -> "Metho
     the method's file.
 
     Raises:
-        GradLiteError: an unknown name or option (the nearest is named), a value that is not accepted, a missing package.
+        GradLiteError: an unknown name or option (the nearest is named), a value that is not accepted, a missing package, a
+            model that GradLite is attached to (only gradlite itself takes one, and attaches anew).
     """
     factory = _factory(name)
+    _check_model(name, model)
     if "options" not in inspect.signature(factory).parameters:
         _check_names(name, options, _known(factory))
     checked = validate_call(config=_ANY_TYPE)(factory)
@@ -115,6 +117,19 @@ def _factory(name: str) -> "Callable[..., Method]":
     return factory
 
 
+def _check_model(name: str, model: object) -> None:
+    from torch import nn  # which the factory has brought already
+
+    from gradlite.attaching.attachment import attachment_of
+
+    if not isinstance(model, nn.Module):
+        raise GradLiteError(f"method {name!r} needs a model (torch.nn.Module), not {shown(model)}.")
+    if name != "gradlite" and attachment_of(model) is not None:
+        raise GradLiteError(
+            f"method {name!r} cannot train a model that GradLite is attached to; call gradlite.detach(model) first."
+        )
+
+
 def _known(factory: Callable[..., Any]) -> list[str]:
     parameters = inspect.signature(factory).parameters.values()
     return [one.name for one in parameters if one.name not in _NO_OPTIONS and one.kind is not one.VAR_KEYWORD]
@@ -123,15 +138,9 @@ def _known(factory: Callable[..., Any]) -> list[str]:
 def _check_names(name: str, options: Iterable[str], known: Sequence[str]) -> None:
     for option in options:
         if option not in known:
-            raise GradLiteError(f"method {name!r} has no option {option!r}; {_nearest(str(option), known)}")
+            raise GradLiteError(f"method {name!r} has no option {option!r}; {nearest(str(option), known)}")
 
 
 def _not_accepted(name: str, error: ValidationError) -> GradLiteError:
     problem = error.errors()[0]
-    message = str(problem["msg"]).removeprefix("Input ")
-    return GradLiteError(f"method {name!r}: {problem['loc'][0]} is {problem['input']!r}, but it {message}.")
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    guesses = difflib.get_close_matches(word.lower(), known, n=1)
-    return f"did you mean {guesses[0]!r}?" if guesses else f"known are {', '.join(known)}."
+    return GradLiteError(sentence(f"method {name!r}: {in_words(problem, str(problem['loc'][0]))}"))

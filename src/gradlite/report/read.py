@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from gradlite.compare.record import Record
 from gradlite.errors import GradLiteError
 from gradlite.train.yaml_file import read_mapping
+from gradlite.validation import in_words
 
 _RECORDS = "records"  # in the directory of a comparison
 _RUN, _CONFIG, _METRICS = "run.json", "config.yaml", "metrics.jsonl"  # as gradlite.train.directory names them
@@ -108,9 +109,9 @@ def _record(place: str, entry: Any) -> Record:
         return Record.model_validate(entry)
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"])) or "the record"
+        key = ".".join(map(str, problem["loc"])) or "it"
         raise GradLiteError(
-            f"{place} is no whole record ({key}: {problem['msg']}); delete it, and make its run anew."
+            f"{place} is no whole record ({in_words(problem, key)}); leave it out, or have `gradlite compare` make it anew."
         ) from None
 
 

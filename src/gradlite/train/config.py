@@ -31,8 +31,9 @@ from gradlite.train.fields import (
     group_of,
     setting,
 )
-from gradlite.train.values import fraction_text, int_or_float, mapping, short_name, shown
+from gradlite.train.values import fraction_text, int_or_float, mapping, short_name
 from gradlite.train.yaml_file import read_mapping
+from gradlite.validation import shown
 
 HoldMode = Literal["exact", "int8", "int4", "projected", "host", "recompute", "recompute-int8", "recompute-mapped"]
 
@@ -55,6 +56,7 @@ _NAMES_ELSEWHERE = {
     "num_train_epochs": "epochs",
     "per_device_train_batch_size": "batch_size",
     "save_steps": "save_every",
+    "steps": "max_steps",  # as `gradlite compare` calls it
     "warmup_ratio": "warmup",
     "warmup_steps": "warmup",
 }

