@@ -19,6 +19,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested is the CPU's: a GPU su
 os.environ["TERM"] = "xterm"  # whatever the tests are started from, their screens are plain text
 for _variable in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
     os.environ.pop(_variable, None)
+os.environ["THP_MEM_ALLOC_ENABLE"] = "0"  # or the first test that calls the command line would change it for the later ones
 if shutil.which("c++") is None:
     os.environ.setdefault("GRADLITE_COMPILE", "0")
 

@@ -19,6 +19,7 @@ class Settings(BaseModel):
     names: list[str] = Field(["a"], min_length=1)
     title: str = Field("t", min_length=1)
     kind: Literal["a", "b"] = "a"
+    pair: tuple[int, int] = (1, 2)
     inner: Inner = Inner(number=1)
 
     @field_validator("title")
@@ -33,7 +34,9 @@ class Settings(BaseModel):
     ("given", "told"),
     [
         ({"count": 0}, "X is 0, but it should be greater than 0."),
-        ({"count": "two"}, "X is 'two', but it should be a valid integer, unable to parse string as an integer."),
+        ({"count": "two"}, "X is 'two', but it should be a valid integer."),
+        ({"count": 2.5}, "X is 2.5, but it should be a valid integer."),
+        ({"pair": [1]}, "X is [1], but it should have more items."),
         ({"names": []}, "X is [], but it should have at least 1 item."),
         ({"title": ""}, "X is '', but it should have at least 1 character."),
         ({"title": "a?"}, "X: no questions."),
@@ -41,7 +44,7 @@ class Settings(BaseModel):
         ({"inner": 3}, "X is 3, but it should be a mapping."),
         ({"inner": {}}, "X is missing."),
         ({"cuont": 3}, "X is no known key; did you mean 'count'?"),
-        ({"zzz": 3}, "X is no known key; known are count, names, title, kind, inner."),
+        ({"zzz": 3}, "X is no known key; known are count, names, title, kind, pair, inner."),
     ],
 )
 def test_what_is_wrong_is_a_sentence(given: dict[str, object], told: str) -> None:

@@ -15,8 +15,12 @@ def in_words(problem: Mapping[str, Any], place: str, known: Sequence[str] = ()) 
     is not among them is named.
     """
     match problem["type"]:
+        case "missing" if isinstance(problem["loc"][-1], int):  # of a tuple
+            return f"{place} is {shown(problem['input'])}, but it should have more items"
         case "missing":
             return f"{place} is missing"
+        case "invalid_key":
+            return f"{place} is no text, as keys should be"
         case "extra_forbidden":
             return (
                 f"{place} is no known key; {nearest(str(problem['loc'][-1]), known)}" if known else f"{place} is no known key"
@@ -25,6 +29,7 @@ def in_words(problem: Mapping[str, Any], place: str, known: Sequence[str] = ()) 
             reason = str(problem["ctx"]["error"])
             return f"{place}: {reason}" if place else reason
     should = re.sub(r"^(Input|List|String|Value|Dictionary|Tuple) ", "it ", str(problem["msg"]))
+    should = re.sub(r", (unable to|got a number) .*$", "", should)
     should = re.sub(r" after validation, not \d+$| or instance of \w+$", "", should).replace("valid dictionary", "mapping")
     return f"{place} is {shown(problem['input'])}, but {should}"
 

@@ -109,6 +109,19 @@ def test_bad_ranks(rank: float, message: str, tiny_model: Build) -> None:
         gradlite.attach(tiny_model(), rank=rank)
 
 
+def test_weights_that_are_freed_by_name_are_trained(tiny_model: Build, batches: Batches) -> None:
+    """Names from before attaching do not have the coordinates', which follow their weights."""
+    model = tiny_model()
+    names = {name for name, _ in model.named_parameters()}
+    optimizer = gradlite.GradLite(model, rank=6, lr=1e-2)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(batches(1)[0]).backward()
+    optimizer.step()
+    assert [name for name, value in model.state_dict().items() if torch.equal(value, before[name])] == []
+
+
 def test_rank_of_a_layer() -> None:
     assert [layer_rank(r, 64) for r in (1, 16, 500, 1 / 16, 1.0, 1e-9)] == [1, 16, 64, 4, 64, 1]
     model = nn.Linear(32, 40)

@@ -55,6 +55,15 @@ def test_what_is_not_recognised_is_named(build: Any) -> None:
     assert "not recognised, kept as PyTorch keeps it: 2 modules (model.layers.0.self_attn" in str(coverage)
 
 
+def test_a_configuration_that_tells_no_heads_is_no_hindrance(build: Any, tokens: Any) -> None:
+    """Of models whose stages differ."""
+    model = build()
+    vars(model.config)["num_attention_heads"] = (2, 4)  # past the configuration's own check
+    coverage = gradlite.attach(model)
+    assert "attention" in str(coverage)
+    model(**tokens).loss.backward()
+
+
 def test_attention_that_drops_is_named(build: Any) -> None:
     """Families have names of their own for the share."""
     model = build("llama", torch.bfloat16)

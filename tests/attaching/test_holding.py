@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import gradlite
-from gradlite.attaching import attachment_of
+from gradlite.attaching import attachment_of, blocks
 from gradlite.attaching.attachment import Attachment
 from gradlite.attaching.holding import HoldMode, HoldPlan
 from gradlite.hold.codec import EXACT, INT8
@@ -37,6 +38,34 @@ def backward(model: nn.Module, tokens: Tokens, **more: Any) -> Tensor:
     loss: Tensor = model(**tokens, **more).loss
     loss.backward()
     return loss.detach()
+
+
+def test_a_replay_keeps_the_random_state_of_the_tensors_device(
+    build: Build, attached: Any, tokens: Tokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoint looks for devices in positional tensors, and blocks get theirs by name."""
+    seen: list[set[torch.device]] = []
+
+    def spy(function: Any, *arguments: Any, **options: Any) -> Any:
+        seen.append({one.device for one in arguments if isinstance(one, Tensor)})
+        return checkpoint(function, *arguments, **options)
+
+    monkeypatch.setattr(blocks, "checkpoint", spy)
+    backward(attached(build(), "recompute"), tokens)
+    assert seen
+    assert all(torch.device("cpu") in devices for devices in seen)
+
+
+def test_a_norm_without_weights_may_be_changed_in_place() -> None:
+    norm = nn.LayerNorm(24, elementwise_affine=False)
+    plain = nn.Sequential(nn.Linear(24, 24), norm, nn.ReLU(inplace=True), nn.Linear(24, 8))
+    model = copy.deepcopy(plain)
+    gradlite.attach(model, rank=24)
+    x = torch.randn(5, 24)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for one, own in zip((model, plain), inputs, strict=True):
+        one(own).square().sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
 
 
 # ---- inputs ---------------------------------------------------------------------------------------------------------

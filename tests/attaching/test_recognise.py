@@ -1,6 +1,7 @@
 """What a module computes is found out by numbers, not names, and finding out leaves no trace."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,6 +30,31 @@ class MyNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale = (x.square().mean(-1, keepdim=True) + getattr(self, self.name)) ** self.power
         return self.weight * (x * scale + self.shift)
+
+
+class Dropping(nn.Module):
+    """An activation or a norm that drops in training, by a number of its own."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.normalized_shape, self.eps = (24,), 1e-5
+        self.inner: Callable[[Tensor], Tensor] = inner.forward  # no child
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.inner(x), 0.3, self.training)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_what_drops_in_training_is_neither(is_training: bool) -> None:
+    """Also where it is looked at in evaluation, as models come from a file."""
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    assert activation_kind(nn.GELU().train(is_training), LIKE) == "gelu"
+    assert activation_kind(Dropping(nn.GELU()).train(is_training), LIKE) is None
+    norm = Dropping(nn.LayerNorm(24, elementwise_affine=False)).train(is_training)
+    assert norm_kind(norm, LIKE) is None
+    assert norm.training == is_training
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_norms() -> None:

@@ -134,6 +134,19 @@ def test_models_whose_loss_is_their_own_and_whose_blocks_fill_a_cache(name: str,
     same_gradients(structured, plain, 1e-5)
 
 
+@pytest.mark.parametrize("inputs", ["every block", "every second"])
+def test_what_a_hook_changes_between_two_blocks_is_kept(inputs: str, lora: Any, tokens: Tokens) -> None:
+    """In place: the tensor is the same, and the block before it would make another."""
+    plain = lora()
+    for block in plain.get_base_model().model.layers:
+
+        def steer(_module: Any, _inputs: Any, output: Any) -> None:
+            (output if isinstance(output, torch.Tensor) else output[0]).mul_(1.5)
+
+        block.register_forward_hook(steer)
+    compare(plain, tokens, inputs=inputs)
+
+
 def test_a_replayed_block_takes_no_filled_cache(lora: Any, tokens: Tokens) -> None:
     model = gradlite.structured_lora(lora(), hold="recompute")
     ids = tokens["input_ids"]

@@ -1,6 +1,7 @@
 """A comparison as a whole: processes, records, going on after a stop, and rows of methods that fail."""
 
 import io
+import itertools
 import os
 import signal
 import subprocess
@@ -423,8 +424,26 @@ def test_a_dry_run_adds_up_each_experiments_own_speed(
     )
 
 
-def test_the_speed_of_products_is_found_in_a_moment() -> None:
-    assert dry_run._operations_per_second(torch.float32) > 1e6
+@pytest.mark.parametrize(("seconds", "num_products"), [(2.0, 1), (0.25, 4), (1e-6, 20)])
+def test_the_speed_of_products_is_found_in_a_moment(monkeypatch: pytest.MonkeyPatch, seconds: float, num_products: int) -> None:
+    """Where one in bfloat16 takes seconds, one is enough."""
+    reads = itertools.count()
+    monkeypatch.setattr("gradlite.compare.dry_run.time.perf_counter", lambda: next(reads) * seconds)
+    assert dry_run._operations_per_second(torch.float32) == pytest.approx(2 * 1024**3 / seconds)
+    assert next(reads) == 2 * num_products
+
+
+def test_tables_forget_a_run_that_is_begun_anew(tmp_path: Path, model_dir: Path, sums: Path, workers: Install) -> None:
+    """It may be interrupted."""
+    work = experiment(model_dir, sums)
+    workers(lambda spec: spec.record("failed", "no luck"))
+    make_runner(tmp_path).run([work])
+    workers(good)
+    seen: list[set[str]] = []
+    runner = Runner(tmp_path, "", Console(file=io.StringIO()), lambda records: seen.append({one.run for one in records}), True)
+    runner.run([work])
+    first, second = (spec.run for spec in sweep(work))
+    assert seen[:2] == [{second}, {first, second}]
 
 
 def test_a_dry_run_tells_a_memory_experiment_with_too_few_steps(model_dir: Path, sums: Path, tmp_path: Path) -> None:

@@ -227,6 +227,14 @@ def test_what_makes_rows_no_fair_comparison_is_noted() -> None:
     )
 
 
+def test_huge_pages_of_some_runs_only_are_noted() -> None:
+    """Older records do not have the key, nor had their processes the pages."""
+    with_them, without = record("a", machine={"huge_pages": True}), record("b", machine={"num_threads": 2})
+    assert any("huge pages" in note for note in quality_table([with_them, without], "T").notes)
+    older = record("c", machine={"huge_pages": False})
+    assert not any("huge pages" in note for note in quality_table([without, older], "T").notes)
+
+
 def test_a_best_rate_at_the_edge_of_the_sweep_is_remarked() -> None:
     def remark(*losses: float) -> str:
         records = [record("a", lr, loss=loss) for lr, loss in zip((1e-4, 2e-4, 4e-4), losses, strict=False)]
@@ -241,8 +249,9 @@ def test_a_best_rate_at_the_edge_of_the_sweep_is_remarked() -> None:
 
 
 def test_training_that_did_harm_is_remarked() -> None:
-    rose = quality_table([record("A", loss=3.1), record("B", loss=2.9)], "t")
-    assert [row[-1] for row in rose.rows] == ["held-out loss rose", ""]
+    one_seed = [record("C", seed=0, loss=2.9), record("C", seed=1, loss=3.05)]  # from 3.0; the mean fell
+    rose = quality_table([record("A", loss=3.1), record("B", loss=2.9), *one_seed], "t")
+    assert [row[-1] for row in rose.rows] == ["held-out loss rose", "", ""]
 
 
 def test_a_row_without_a_good_run() -> None:

@@ -186,8 +186,11 @@ TINY = Settings(
 )
 
 
-def test_run_is_recorded_drawn_and_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_is_recorded_drawn_and_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = run_theorem(tmp_path, settings=TINY)
+    assert capsys.readouterr().out == ""
     record = json.loads(path.read_text())
     assert path == tmp_path / "theorem.json"
     assert imread(tmp_path / "theorem.png").std() > 0.01  # something is on it

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from gradlite.evaluate import answers
 from gradlite.evaluate.answers import NUM_QUESTIONS, answer_questions
@@ -53,6 +53,15 @@ def test_answers_are_greedy_and_questions_are_shown_as_asked(monkeypatch: pytest
             with torch.no_grad():
                 ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
         assert answer.answer == tokenizer.decode(ids[0, 3:].tolist(), skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(("num_asked", "num_answered"), [(6, 2), (8, 0)])
+def test_an_answer_ends_where_the_models_positions_do(num_asked: int, num_answered: int) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=32, n_embd=16, n_head=2, n_layer=1, n_positions=8, eos_token_id=None, bos_token_id=None)
+    tokenizer: Any = Numbers()
+    (given,) = answer_questions(GPT2LMHeadModel(config), tokenizer, [Asked([1] * num_asked, [2], "")])
+    assert len(given.answer.split()) == num_answered
 
 
 @pytest.mark.parametrize("whose", ["tokenizer", "model"])

@@ -433,6 +433,34 @@ def test_what_does_not_fit_is_told_in_a_sentence(call: tuple[str, dict[str, Any]
     assert sentence in str(caught.value)
 
 
+def test_a_fused_backward_pass_that_raises_may_be_followed_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after running out of memory, with a smaller batch."""
+    method = build("lomo", lr=1e-3)
+    own = method._fused_backward  # type: ignore[attr-defined]
+
+    def fail(_loss: object) -> bool:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(method, "_fused_backward", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        method.backward(loss_of(method, batch()))
+    monkeypatch.setattr(method, "_fused_backward", own)
+    method.zero_grad()
+    method.backward(loss_of(method, batch()))
+    method.step()
+    assert method.skipped_steps == 0
+
+
+@pytest.mark.parametrize("call", [gradlite.methods.build, gradlite.methods.check_options])
+def test_sides_that_apollo_cannot_scale_by_channels_are_refused(call: Any) -> None:
+    """Its package would scale the wrong dimension, or fail in the first step."""
+    arguments: Any = (llama(),) if call is gradlite.methods.build else ()
+    options: dict[str, Any] = {"proj_type": "reverse_std"}
+    with pytest.raises(GradLiteError, match="proj_type 'reverse_std' needs scale_type 'tensor'"):
+        call("apollo", *arguments, **({"lr": 1e-3, **options} if arguments else {"options": options}))
+    gradlite.methods.check_options("apollo", {**options, "scale_type": "tensor"})
+
+
 def test_what_is_no_model_and_a_model_that_is_attached_are_refused() -> None:
     for wrong in (None, "smollm2"):
         with pytest.raises(GradLiteError, match=rf"method 'adamw' needs a model \(torch\.nn\.Module\), not {wrong!r}\.$"):

@@ -124,6 +124,28 @@ def test_vectors_that_are_added_later_are_not_decayed() -> None:
     assert optimizer.param_groups[-1]["weight_decay"] == 0.0
 
 
+def test_a_mixed_group_that_is_added_later_is_decayed_in_its_matrices_only() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    model[1].requires_grad_(False)
+    optimizer = gradlite.GradLite(model, rank=4, weight_decay=0.5)
+    model[1].requires_grad_(True)
+    optimizer.add_param_group({"params": model[1].parameters(), "lr": 1e-2})
+    added = {id(one): group for group in optimizer.param_groups for one in group["params"]}
+    assert (added[id(model[1].bias)]["weight_decay"], added[id(model[1].weight)]["weight_decay"]) == (0.0, 0.5)
+    assert added[id(model[1].bias)]["lr"] == added[id(model[1].weight)]["lr"] == 1e-2
+
+
+def test_a_state_of_other_weights_is_refused() -> None:
+    def build(exclude: str) -> gradlite.GradLite:
+        return gradlite.GradLite(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), rank=4, exclude=exclude)
+
+    saved = build("0.*").state_dict()
+    with pytest.raises(gradlite.GradLiteError, match=r"'0\.weight' is trained in coordinates by this optimizer only; load it"):
+        build("1.*").load_state_dict(saved)
+    del saved["projected"]  # as in older states
+    build("0.*").load_state_dict(saved)
+
+
 def test_a_weight_that_was_replaced_is_noticed() -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
     gradlite.GradLite(model, rank=4)

@@ -13,6 +13,7 @@ from gradlite.attaching import attachment_of
 from gradlite.attaching.attachment import Attachment
 from gradlite.optim.moments import MomentsFormat
 from gradlite.optim.subspace_adamw import MemoryFormat
+from gradlite.subspace.collector import BasisKind
 
 Build = Callable[..., nn.Module]
 Batches = Callable[..., list[Tensor]]
@@ -187,10 +188,13 @@ def test_a_bad_gradient_skips_the_step(bad: float, place: str, when: int, tiny_m
 
 @pytest.mark.parametrize("how", ["optimizer", "model", "optimizer to zero", "model to zero"])
 @pytest.mark.parametrize("abandoned", [False, True])
-def test_every_way_to_clear_gradients(how: str, abandoned: bool, tiny_model: Build, batches: Batches) -> None:
+@pytest.mark.parametrize("feedback", ["same_step", "off"])
+def test_every_way_to_clear_gradients(
+    feedback: Feedback, how: str, abandoned: bool, tiny_model: Build, batches: Batches
+) -> None:
     """Also where a backward pass is abandoned: its samples must not leak into the next step."""
     model, fresh = tiny_model(), tiny_model()
-    optimizer, other = (gradlite.GradLite(m, feedback="same_step", **EXACT) for m in (model, fresh))
+    optimizer, other = (gradlite.GradLite(m, feedback=feedback, **EXACT) for m in (model, fresh))
     for m in (model, fresh):
         sample_everything(m)
     first, second, third = batches(3)
@@ -212,14 +216,21 @@ def test_every_way_to_clear_gradients(how: str, abandoned: bool, tiny_model: Bui
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12, msg=name)
 
 
-def test_evaluation_between_backward_and_step_changes_nothing(tiny_model: Build, batches: Batches) -> None:
+@pytest.mark.parametrize("feedback", ["same_step", "off"])
+@pytest.mark.parametrize("clips", [True, False])
+def test_evaluation_between_backward_and_step_changes_nothing(
+    feedback: Feedback, clips: bool, tiny_model: Build, batches: Batches
+) -> None:
+    """Nor where gradients were scaled before it, which is not clearing them."""
     model, fresh = tiny_model(), tiny_model()
-    optimizers = [gradlite.GradLite(m, feedback="same_step", **EXACT) for m in (model, fresh)]
+    optimizers = [gradlite.GradLite(m, feedback=feedback, **EXACT) for m in (model, fresh)]
     with torch.inference_mode():
         model(batches(1)[0])
     for ids in batches(4):
         for m, optimizer in zip((model, fresh), optimizers, strict=True):
             m(ids).backward()
+            if clips:
+                torch.nn.utils.clip_grad_norm_(m.parameters(), 1e-3)
             if m is model:
                 m.eval()
                 with torch.inference_mode():
@@ -230,6 +241,14 @@ def test_evaluation_between_backward_and_step_changes_nothing(tiny_model: Build,
             optimizer.step()
             optimizer.zero_grad()
     assert_same(own(model), own(fresh))
+
+
+def test_a_state_of_another_basis_is_refused(tiny_model: Build) -> None:
+    saved = gradlite.GradLite(tiny_model(), **EXACT).state_dict()
+    with pytest.raises(gradlite.GradLiteError, match="the saved optimizer has basis='gradient', this one basis='random'"):
+        gradlite.GradLite(tiny_model(), basis="random", **EXACT).load_state_dict(saved)
+    del saved["subspace"]["formats"]["basis"]  # as in older states
+    gradlite.GradLite(tiny_model(), **EXACT).load_state_dict(saved)
 
 
 def test_a_weight_without_gradient_keeps_pace_with_its_basis(tiny_model: Build, batches: Batches) -> None:
@@ -405,14 +424,18 @@ def test_a_state_of_another_rank_is_refused(tiny_model: Build, batches: Batches)
     saved = optimizer.state_dict()
     with pytest.raises(gradlite.GradLiteError, match="rank 4"):
         gradlite.GradLite(model, rank=6).load_state_dict(saved)
+    with pytest.raises(gradlite.GradLiteError, match=r"'o\.weight' is trained in coordinates by the saved optimizer only"):
+        gradlite.GradLite(model, rank=4, exclude=["o.weight"]).load_state_dict(saved)
+    del saved["projected"]  # as in older states
     with pytest.raises(gradlite.GradLiteError, match="8 projected weights, this one has 7"):
         gradlite.GradLite(model, rank=4, exclude=["o.weight"]).load_state_dict(saved)
 
 
-def test_loading_a_state_before_the_first_step(tiny_model: Build, batches: Batches) -> None:
+@pytest.mark.parametrize("basis", ["gradient", "activation"])
+def test_loading_a_state_before_the_first_step(basis: BasisKind, tiny_model: Build, batches: Batches) -> None:
     """As accelerate does when it prepares an optimizer."""
     model, fresh = tiny_model(), tiny_model()
-    optimizer, other = (gradlite.GradLite(m, **EXACT) for m in (model, fresh))
+    optimizer, other = (gradlite.GradLite(m, basis=basis, **EXACT) for m in (model, fresh))
     optimizer.load_state_dict(optimizer.state_dict())
     for ids in batches(3):
         for m, o in ((model, optimizer), (fresh, other)):

@@ -10,7 +10,7 @@ import pytest
 from gradlite.compare.record import Energy, Record
 from gradlite.errors import GradLiteError
 from gradlite.report.page import write_report
-from gradlite.report.read import TrainedRun, read
+from gradlite.report.read import Records, TrainedRun, read
 from gradlite.report.training import sections
 
 Make = Callable[..., Record]
@@ -142,6 +142,10 @@ def test_the_presets_make_the_papers_tables_in_their_order(record: Make, write_r
 
 def test_a_page_that_cannot_be_written(record: Make, write_records: Any, tmp_path: Path) -> None:
     folder = write_records(record())
-    for output in (tmp_path / "no" / "page.html", tmp_path):
+    for output in (tmp_path / "no" / "page.html", tmp_path, folder / "000.json", Path("/dev/null")):
         with pytest.raises(GradLiteError, match="--output"):
             write_report([folder], output)
+    assert Path("/dev/null").is_char_device()
+    again = read([folder])
+    assert isinstance(again, Records)
+    assert len(again.records) == 1

@@ -83,6 +83,21 @@ def test_facts_of_another_kind_are_named(run_folder: Any, facts: dict[str, Any])
         read([run_folder(**facts)])
 
 
+def test_a_records_machine_of_another_kind_is_named(record: Make, write_records: Any) -> None:
+    folder = write_records(record(machine={"memory_bytes": "8 GB"}))
+    with pytest.raises(GradLiteError, match=r"machine in .*000\.json is no mapping"):
+        read([folder])
+
+
+def test_numbers_that_are_not_finite_are_left_out_of_a_series(run_folder: Any) -> None:
+    folder = run_folder()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "metrics.jsonl").write_text("\n".join([*lines[:1], '{"step": 1, "grad_norm": 1e999}', *lines[2:]]) + "\n")
+    run = read([folder])
+    assert isinstance(run, TrainedRun)
+    assert run.series("grad_norm")[0] == list(range(2, 31))
+
+
 @pytest.mark.parametrize("line", [{"step": 1, "energy": {"a": "x"}}, {"energy": {"a": 0.5}}])
 def test_an_energy_of_another_kind_is_named(run_folder: Any, line: dict[str, Any]) -> None:
     with pytest.raises(GradLiteError, match=r"energy in .*metrics\.jsonl"):

@@ -18,6 +18,15 @@ def test_other_work_under_the_same_name_is_a_group_of_its_own(record: Make) -> N
     assert means == [2.5, 1.5]
 
 
+def test_what_older_records_do_not_say_tells_nothing_apart(record: Make) -> None:
+    old, new = record(seed=0), record(seed=1, held_out_rows=64, model_fingerprint="a")
+    other = record(seed=2, held_out_rows=256, model_fingerprint="a")
+    first, second = group([old, new, other])
+    assert [one.seed for one in first.rows[0].runs] == [0, 1]
+    assert [one.seed for one in second.rows[0].runs] == [2]
+    assert (first.experiment, second.experiment) == ("trial, held out rows 64", "trial, held out rows 256")
+
+
 def test_a_record_that_is_given_twice_counts_once(record: Make) -> None:
     (only,) = group([record(), record(seed=1), record()])
     assert [one.seed for one in only.rows[0].runs] == [0, 1]

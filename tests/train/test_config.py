@@ -199,6 +199,7 @@ def test_an_unknown_key_suggests_the_nearest(key: str, nearest: str | None, tmp_
         (b"lr: 1\nlr: 2\n", "line 2: the key 'lr' stands twice"),
         (b"? [a]\n: 1\n", "not valid YAML: line 1"),
         (b"lr: !!python/object:os.system {}\n", "not valid YAML: line 1"),
+        (b"name: 2026-02-30\n", "not valid YAML: day is out of range"),
         (b"name: \xff\xfe\n", "not UTF-8"),
     ],
 )

@@ -149,6 +149,7 @@ def test_a_directory_with_a_test_file_has_its_own_held_out_rows(tmp_path: Path, 
     [
         ("bad.jsonl", '{"prompt": "q"}\n{"prompt": \n', "line 2 of dataset .* is not JSON"),
         ("bad.jsonl", "[1]\n", "line 1 of dataset .* is not a JSON object"),
+        ("bad.json", '[{"prompt": "q"},\n{"prompt": "q",}]', "line 2 of dataset .* is not JSON"),
         ("bad.json", "{", "line 1 of dataset .* is not JSON"),
         ("bad.csv", "prompt,completion\na,b,c\n", "line 2 of dataset .* has more fields"),
         ("bad.parquet", "no parquet", "cannot read dataset"),

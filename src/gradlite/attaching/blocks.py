@@ -78,15 +78,16 @@ class _Replay:
         self._device = device
         self._state = random_state(device) if is_random else None
         self._result: weakref.ref[Tensor] | None = None
+        self._version = 0
         self.boundary = boundary
 
     def ended(self, result: Any) -> None:
         """Remembers which tensor came of it."""
-        self._result = weakref.ref(_first(result))
+        self._result, self._version = weakref.ref(_first(result)), _first(result)._version
 
     def made(self, hidden: Tensor) -> bool:
-        """Whether this tensor came of it."""
-        return self._result is not None and self._result() is hidden
+        """Whether this tensor came of it, and nobody has changed it since."""
+        return self._result is not None and self._result() is hidden and hidden._version == self._version
 
     def result_again(self) -> Tensor:
         """With gradients, so that the operators round as they did, but what they save is dropped at once."""
@@ -159,7 +160,7 @@ def replayed(
     source = chain.kept if chain is not None and chain.kept is not None and chain.kept.made(hidden) else None
     boundary = _Boundary(hidden, holder, source)
 
-    def run(*others: Any) -> Any:
+    def run(_: Any, *others: Any) -> Any:
         holder.shelf.clear()  # what the forward pass found there must not be missing in the replay
         try:
             return block(boundary.get(), *others, **keywords)
@@ -168,8 +169,11 @@ def replayed(
 
     if chain is not None:
         is_training = block.__self__.training  # so that it may drop: not only modules do
-        chain.kept = _Replay(partial(run, *arguments[1:]), boundary, is_training, hidden.device) if source is None else None
-    result = checkpoint(run, *arguments[1:], use_reentrant=False)
+        chain.kept = (
+            _Replay(partial(run, None, *arguments[1:]), boundary, is_training, hidden.device) if source is None else None
+        )
+    # The first argument tells checkpoint which device's random state to keep: it looks at positional tensors alone.
+    result = checkpoint(run, hidden.new_empty(0), *arguments[1:], use_reentrant=False)
     if chain is not None and chain.kept is not None:
         chain.kept.ended(result)
     boundary.put_away()

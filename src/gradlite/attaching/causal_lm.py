@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from gradlite.attaching.names import COORDINATES
 from gradlite.ops.frozen_head import frozen_head_cross_entropy
 from gradlite.ops.loss import LossKind, tiled_cross_entropy
+from gradlite.subspace.collector import Coordinates
 
 MODEL_TYPES = frozenset(
     "gemma gemma2 gemma3_text gpt2 gpt_neox llama mistral mixtral olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 "
@@ -109,7 +110,9 @@ def causal_lm_loss(
     place_T = counts_T.nonzero().squeeze(1)
     if len(place_T) < len(labels_T):
         h_TN, labels_T = h_TN.index_select(0, place_T), labels_T[place_T]
-    coordinates = head._parameters.get(COORDINATES) if head.weight.requires_grad else None
+    coordinates = head._parameters.get(COORDINATES)
+    if isinstance(coordinates, Coordinates):
+        coordinates = coordinates.trained_with(head.weight)
     kind = LossKind(getattr(model.config, "final_logit_softcapping", None) or 0.0, label_smoothing)
     is_trained = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
     if h_TN.requires_grad and torch.is_grad_enabled() and not is_trained:

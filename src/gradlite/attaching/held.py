@@ -102,7 +102,10 @@ def _bytes(operator: Operator, model: nn.Module, itemsize: int, rank: int | floa
         chosen = getattr(getattr(model, "config", None), "num_experts_per_tok", None)
         return None if down is None or chosen is None else chosen * gated_bytes(codec, 1, down.shape[2], itemsize)
     if operator.role == "attention":
-        heads, kv_heads, width = _heads(module)
+        sizes = _heads(module)
+        if sizes is None:
+            return None
+        heads, kv_heads, width = sizes
         is_flash = not codec.is_lossy and itemsize > 2
         held = attention_bytes(codec, 1, heads, kv_heads, width, itemsize, is_flash)
         is_projected = operator.mode.is_projected and not is_flash  # flash kernels keep the result themselves
@@ -123,12 +126,16 @@ def _width(layer: nn.Module) -> int | None:
     return getattr(layer, "out_features", None)
 
 
-def _heads(attention: nn.Module) -> tuple[int, int, int]:
+def _heads(attention: nn.Module) -> tuple[int, int, int] | None:
+    """Query heads, key-value heads, their width; None where the configuration does not tell: stages may differ."""
     config = attention.config
-    heads = int(config.num_attention_heads)  # type: ignore[union-attr,arg-type]
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    width = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads  # type: ignore[union-attr,operator]
-    return heads, kv_heads, int(width)
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return None
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
+    width = width or getattr(config, "hidden_size", 0) // heads
+    return (heads, kv_heads, width) if isinstance(kv_heads, int) and isinstance(width, int) and width else None
 
 
 def _rows_of_head_norm(model: nn.Module, name: str, width: int) -> int:
@@ -136,7 +143,10 @@ def _rows_of_head_norm(model: nn.Module, name: str, width: int) -> int:
     parent = model.get_submodule(name.rpartition(".")[0])
     if not (hasattr(parent, "config") and hasattr(parent, "is_causal")):
         return 1
-    heads, kv_heads, head_width = _heads(parent)
+    sizes = _heads(parent)
+    if sizes is None:
+        return 1
+    heads, kv_heads, head_width = sizes
     if width != head_width:
         return 1
     return kv_heads if name.rpartition(".")[2].startswith("k") else heads

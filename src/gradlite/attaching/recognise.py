@@ -69,6 +69,29 @@ def _with_other_values(parameters: Iterable[nn.Parameter | None], only_zeros: bo
             parameter.data = data
 
 
+@contextmanager
+def _in_every_mode(module: nn.Module, like: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Its forward pass, which raises ValueError where training changes the result: it may drop by a number of its own.
+
+    Random states stay as they are.
+    """
+    was_training = module.training
+
+    def forward(x: Tensor) -> Tensor:
+        module.training = False
+        result: Tensor = module.forward(x)
+        module.training = True
+        if not torch.equal(result, module.forward(x)):
+            raise ValueError("training changes the result")
+        return result
+
+    try:
+        with torch.random.fork_rng([like.device] if like.device.type == "cuda" else []):
+            yield forward
+    finally:
+        module.training = was_training
+
+
 def _far_out(x: Tensor, inner: Tensor) -> Tensor:
     """Rows that make ``inner``, which a layer makes of ``x``, as large as a thousand: some models clip it."""
     reach = 100.0 if x.dtype == torch.float16 else 1000.0
@@ -104,14 +127,14 @@ def norm_kind(module: nn.Module, like: Tensor) -> NormKind | None:
         dataclasses.replace(plain, plus_one=True, scale_first=True),
         dataclasses.replace(plain, centred=True),
     ]
-    with _with_other_values([weight, bias], only_zeros=False):
-        errors = [_error(module.forward, partial(norm_value, weight_N=weight, bias_N=bias, kind=kind), x) for kind in kinds]
+    with _with_other_values([weight, bias], only_zeros=False), _in_every_mode(module, like) as own:
+        errors = [_error(own, partial(norm_value, weight_N=weight, bias_N=bias, kind=kind), x) for kind in kinds]
         best = min(range(len(kinds)), key=lambda place: errors[place])
         if errors[best] > _TOLERANCE[x.dtype]:
             return None
         twin = partial(norm_value, weight_N=weight, bias_N=bias, kind=kinds[best])
         in_rows = x[None].expand(2, -1, -1)  # where a group norm mixes what lies between batch and width
-        return kinds[best] if _error(module.forward, twin, in_rows) <= _TOLERANCE[x.dtype] else None
+        return kinds[best] if _error(own, twin, in_rows) <= _TOLERANCE[x.dtype] else None
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -136,7 +159,12 @@ def activation_kind(activation: Callable[[Tensor], Tensor], like: Tensor) -> Act
     if isinstance(activation, nn.Module):
         if any(True for _ in activation.children()) or activation._parameters or activation._buffers:
             return None
-        activation = activation.forward
+        with _in_every_mode(activation, like) as own:
+            return _activation_kind(own, like)
+    return _activation_kind(activation, like)
+
+
+def _activation_kind(activation: Callable[[Tensor], Tensor], like: Tensor) -> ActivationKind | None:
     near = torch.linspace(-6.0, 6.0, 97).to(device=like.device, dtype=like.dtype)[None]
     far = near.new_tensor([[-100.0, -30.0, -10.0, 10.0, 30.0, 100.0]])  # where clipped ones differ
     errors: dict[ActivationKind, float] = {}

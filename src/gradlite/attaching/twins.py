@@ -81,11 +81,6 @@ class _TwinState(_Twin):
         return result
 
 
-def _trained(coordinates: Tensor, weight: Tensor) -> Tensor:
-    """The coordinates, which ask for no gradient where the weight was frozen after it had been attached."""
-    return coordinates if weight.requires_grad else coordinates.detach()
-
-
 class TwinLinear(nn.Linear):
     """``nn.Linear`` whose weight's gradient is absorbed as coordinates."""
 
@@ -99,7 +94,7 @@ class TwinLinear(nn.Linear):
         (collector,), holder = self.gradlite_collectors, self.gradlite_holder
         collector.reads(input)
         projector = collector if holder.projects else None
-        coordinates = _trained(self.gradlite_coordinates, self.weight)
+        coordinates = self.gradlite_coordinates.trained_with(self.weight)
         return subspace_linear(input, self.weight, self.bias, coordinates, collector, holder, projector)
 
 
@@ -114,7 +109,7 @@ class TwinEmbedding(nn.Embedding):
         """As ``nn.Embedding.forward``."""
         (collector,) = self.gradlite_collectors
         collector.window.open_if_cleared()
-        coordinates = _trained(self.gradlite_coordinates, self.weight)
+        coordinates = self.gradlite_coordinates.trained_with(self.weight)
         return subspace_embedding(input, self.weight, coordinates, self.padding_idx, collector)
 
 
@@ -136,8 +131,8 @@ class TwinExperts(_TwinState):
             return own
         reads_x, reads_h = self.gradlite_collectors
         reads_x.reads(hidden_states)
-        gate_up = _trained(self.gradlite_gate_up_coordinates, self.gate_up_proj)
-        down = _trained(self.gradlite_down_coordinates, self.down_proj)
+        gate_up = self.gradlite_gate_up_coordinates.trained_with(self.gate_up_proj)
+        down = self.gradlite_down_coordinates.trained_with(self.down_proj)
         return subspace_experts(
             hidden_states,
             top_k_index,

@@ -110,7 +110,6 @@ def _run(chosen: list[Experiment], everything: list[Experiment], directory: Path
         with ending_interrupts():  # or the run's process would go on alone
             done = runner.run(chosen)
     except KeyboardInterrupt:
-        write_tables(directory, everything, runner.records)  # of a run that was begun anew there is no record any more
         typer.echo(f"stopped: the same command goes on with the runs that have no record in {directory}.", err=True)
         raise typer.Exit(130) from None
     show_tables(console, chosen, runner.records)

@@ -107,7 +107,7 @@ class Experiment(_Part):
     def _part_of_file_names(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ValueError(
-                f"{name!r} cannot be a part of file names: letters, digits, '.', '_' and '-' can, with none of the signs first"
+                f"{name!r} cannot be a part of file names; give letters, digits, and (but not first) '.', '_' and '-'"
             )
         return name
 
@@ -227,8 +227,9 @@ def load_experiment(source: str | Path, overrides: Mapping[str, Any] | None = No
 def _place(location: Sequence[str | int], settings: Mapping[str, Any]) -> str:
     """Where something stands in an experiment's file: rows by their labels, where they have one, as tables name them."""
     parts = list(map(str, location))
-    if len(location) > 1 and location[0] == "methods":
-        row = settings["methods"][location[1]]
+    rows = settings.get("methods")
+    if len(location) > 1 and location[0] == "methods" and isinstance(rows, list):
+        row = rows[int(location[1])]
         label = row.get("label") if isinstance(row, dict) else None
         parts[:2] = [f"methods, row {label!r}" if label else f"methods, row {int(location[1]) + 1}"]
         return ": ".join(filter(None, [parts[0], ".".join(parts[1:])]))

@@ -95,7 +95,7 @@ class Runner:
         if key is None or (self._retry_failed and failed):
             return
         name = key.removesuffix("_fingerprint")
-        values = f"{shown(_value(record, key))}, not {shown(_value(spec.record('ok'), key))}"
+        values = ", not ".join(map(shown, _values(key, record, spec.record("ok"))))
         told = f"its {name} differ{'' if name.endswith('s') else 's'}: {values}"
         what = told if name == key else f"the content of its {name} differs"
         remedy = "give --retry-failed, which does failed runs anew" if failed else "delete it"
@@ -171,7 +171,9 @@ class Runner:
 
     def _do(self, spec: RunSpec, on_step: Callable[[Mapping[str, Any]], None]) -> Record:
         path = self.records_dir / f"{spec.run}.json"
-        path.unlink(missing_ok=True)
+        if path.exists():
+            path.unlink()
+            self._on_record(self.records)  # the tables must not show it if this is interrupted
         self._logs_dir.mkdir(parents=True, exist_ok=True)
         log = self._logs_dir / f"{spec.run}.log"
         with tempfile.TemporaryDirectory() as scratch, log.open("w", encoding="utf-8") as errors:
@@ -213,11 +215,13 @@ def _check_options(experiment: Experiment, entry: MethodEntry) -> None:
         raise GradLiteError(f"{experiment.name}, row {entry.label!r}: {error}") from None
 
 
-def _value(record: Record, key: str) -> object:
-    """What a record says of a key that its run was asked for."""
+def _values(key: str, *records: Record) -> list[object]:
+    """What each of the records says of a key that its run was asked for; of options those that are not the same."""
     if key != "options":
-        return getattr(record, key)
-    return {option: value for option, value in record.options.items() if option != "max_grad_norm"}
+        return [getattr(record, key) for record in records]
+    names = {name for record in records for name in record.options if name != "max_grad_norm"}
+    differ = {name for name in names if len({repr(record.options.get(name)) for record in records}) > 1}
+    return [{name: value for name, value in record.options.items() if name in differ} for record in records]
 
 
 def _run_process(command: Sequence[str], errors: Any, on_step: Callable[[Mapping[str, Any]], None]) -> int:

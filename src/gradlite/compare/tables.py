@@ -265,9 +265,10 @@ def _edge(swept: Sequence[Record], best: float | None) -> str:
 
 def _rise(runs: Sequence[Record]) -> str:
     """Said where training did harm at the best rate that was tried."""
-    losses = [(run.held_out[0].loss, run.final_held_out_loss) for run in runs if run.held_out and run.held_out[0].step == 0]
-    rose = any(before is not None and after is not None and after > before for before, after in losses)
-    return "held-out loss rose" if rose else ""
+    before = [run.held_out[0].loss for run in runs if run.held_out and run.held_out[0].step == 0]
+    known = [loss for loss in before if loss is not None]
+    after = _by_seed(runs).values()
+    return "held-out loss rose" if known and after and mean(after) > mean(known) else ""
 
 
 def _work_notes(records: Sequence[Record]) -> tuple[str, ...]:
@@ -293,10 +294,14 @@ def _circumstance_notes(records: Sequence[Record]) -> Iterator[str]:
     """What may make rows of one table no fair comparison: other versions, another machine, another model or other data."""
     for what in ("versions", "machine"):
         known = [getattr(run, what) for run in records if getattr(run, what)]
-        for key in dict.fromkeys(key for one in known for key in one):
+        for key in dict.fromkeys(key for one in known for key in one if key != "huge_pages"):
             values = list(dict.fromkeys(str(one[key]) for one in known if key in one))
             if len(values) > 1:
                 yield f"Not all runs have the same {key.replace('_', ' ')}: {', '.join(values)}."
+    if (
+        len({bool(run.machine.get("huge_pages")) for run in records if run.machine}) > 1
+    ):  # older records, without the key, had none
+        yield "Some runs had huge pages and others had not, which changes the peaks of their processes."
     began = [run.held_out[0].loss for run in records if run.held_out and run.held_out[0].step == 0]
     losses = list(dict.fromkeys(f"{loss:.3f}" for loss in began if loss is not None))
     if len(losses) > 1:

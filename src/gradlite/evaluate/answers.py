@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from gradlite.evaluate.positions import num_positions
+
 NUM_QUESTIONS = 3
 MAX_NEW_TOKENS = 60
 
@@ -41,8 +43,8 @@ def answer_questions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     was_training = model.training
     model.eval()
     stops = _stop_tokens(model, tokenizer)
+    known = num_positions(model)
     settings = GenerationConfig(
-        max_new_tokens=MAX_NEW_TOKENS,
         do_sample=False,
         use_cache=True,
         eos_token_id=stops or None,
@@ -53,7 +55,11 @@ def answer_questions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     try:
         for question in questions[:NUM_QUESTIONS]:
             ids = torch.tensor([question.question], device=model.device)
-            output = generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+            room = MAX_NEW_TOKENS if known is None else min(MAX_NEW_TOKENS, known - ids.shape[1])
+            output = ids
+            if room > 0:
+                settings.max_new_tokens = room
+                output = generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
             answers.append(
                 Answer(
                     question=question.asked or _readable(tokenizer, question.question),

@@ -8,10 +8,12 @@ The authors' package, apollo-torch 1.0.3, unchanged; mind its licence (CC BY-NC:
 its file ``apollo`` is loaded, because its ``__init__.py`` wants bitsandbytes: ``pip install --no-deps apollo-torch``.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from torch import nn
 
+from gradlite.errors import GradLiteError
 from gradlite.methods.method import Betas, Count, Epsilon, Method, Rate
 from gradlite.methods.packages import require_part
 from gradlite.methods.projected import ProjectedAdamW, ProjectionSide, Scale, projected_groups
@@ -36,9 +38,21 @@ def apollo(
     checkpointing: bool = False,
 ) -> Method:
     """``apollo_torch.APOLLOAdamW`` with the defaults of the authors' README for APOLLO (rank 256, channels, scale 1)."""
+    check_further("apollo", {"proj_type": proj_type, "scale_type": scale_type})
     package = require_part("apollo_torch", "apollo", "apollo", INSTALL)
     settings = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type}
     groups = projected_groups(model, target_modules, weight_decay, {**settings, "proj": proj, "scale_type": scale_type})
     optimizer = package.AdamW(groups, lr=lr, betas=betas, eps=eps)
     projector = package.GradientProjector if proj == "random" else package.GaLoreProjector
     return ProjectedAdamW("apollo", model, optimizer, projector, checkpointing=checkpointing)
+
+
+def check_further(_: str, options: Mapping[str, Any]) -> None:
+    """What the types of the options do not say. Raises GradLiteError for sides whose factors the package does not fit to
+    channels: it takes those of ``proj_type="std"`` for granted.
+    """
+    side = options.get("proj_type", "std")
+    if side != "std" and options.get("scale_type", "channel") == "channel":
+        raise GradLiteError(
+            f"method 'apollo' with proj_type {side!r} needs scale_type 'tensor'; give it, or leave proj_type out."
+        )

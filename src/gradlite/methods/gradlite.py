@@ -126,13 +126,21 @@ class GradLite(SubspaceAdamW):
         return {**super().__getstate__(), **own}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """For parameters of the model that were frozen when the optimizer was built. Raises GradLiteError for any other."""
+        """For parameters of the model that were frozen when the optimizer was built. Raises GradLiteError for any other.
+
+        Norms and biases, which are not decayed unless the group says how much, become a group of their own.
+        """
         if hasattr(self, "_window"):  # torch's own constructor adds the first groups with this method
             params = param_group["params"]
             param_group = {**param_group, "params": [params] if isinstance(params, Tensor) else list(params)}
             self._check_trainable(param_group["params"])
-            if all(parameter.dim() < 2 for parameter in param_group["params"]):
-                param_group.setdefault("weight_decay", 0.0)
+            if "weight_decay" not in param_group:
+                vectors = [parameter for parameter in param_group["params"] if parameter.dim() < 2]
+                param_group["params"] = [parameter for parameter in param_group["params"] if parameter.dim() >= 2]
+                if vectors:
+                    super().add_param_group({**param_group, "params": vectors, "weight_decay": 0.0})
+                if not param_group["params"]:
+                    return
         super().add_param_group(param_group)
 
     def _check_trainable(self, params: Sequence[Tensor]) -> None:
@@ -152,12 +160,24 @@ class GradLite(SubspaceAdamW):
 
     def state_dict(self) -> dict[str, Any]:
         """As :meth:`SubspaceAdamW.state_dict`, with the place in the noise that rounds held tensors."""
-        return {**super().state_dict(), "hold": {"noise_reads": self._attachment.operators.noise.reads}}
+        own = {"hold": {"noise_reads": self._attachment.operators.noise.reads}, "projected": self._projected_names}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores :meth:`state_dict`."""
+        """Restores :meth:`state_dict`. Raises GradLiteError for a state of other weights or of other settings."""
+        there = state_dict.get("projected", self._projected_names)  # older states do not tell
+        other = sorted(set(there) ^ set(self._projected_names))
+        if other:
+            where = "the saved optimizer" if other[0] in there else "this optimizer"
+            raise GradLiteError(
+                f"{other[0]!r} is trained in coordinates by {where} only; load it with the same model, include and exclude."
+            )
         super().load_state_dict(state_dict)
         self._attachment.operators.noise.reads = int(state_dict.get("hold", {}).get("noise_reads", 0))
+
+    @property
+    def _projected_names(self) -> list[str]:
+        return [name for name, _ in self._attachment.projected]
 
     def energy(self) -> dict[str, float]:
         """The newest measured share (0 to 1) of each projected weight's gradient energy inside its basis, by the weight's name.
@@ -166,8 +186,7 @@ class GradLite(SubspaceAdamW):
         so each weight's share is at most ``2·refresh_interval`` steps old. Left out: weights not measured yet, and those whose
         basis never moves or is of full rank.
         """
-        names = (name for name, _ in self._attachment.projected)
-        shares = zip(names, shares_inside(self._window.collectors), strict=True)
+        shares = zip(self._projected_names, shares_inside(self._window.collectors), strict=True)
         return {name: share for name, share in shares if share is not None}
 
     def step(self, closure: Any = None) -> Any:

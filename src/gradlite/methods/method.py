@@ -191,11 +191,11 @@ class FusedBackward(Method):
                 f"method {self.name!r} cannot accumulate gradients: its backward pass has changed the weights already; "
                 "call step() after every backward()."
             )
-        self._backwards = 1
         if bool(loss.detach().isfinite()) and self._fused_backward(loss):
             self.skipped_in_a_row = 0
         else:
             self._skip()
+        self._backwards = 1  # not where it has raised: whoever caught that may try another batch
 
     @abstractmethod
     def _fused_backward(self, loss: Tensor) -> bool:

@@ -29,18 +29,22 @@ _UNSEEN = -1e30
 class _Block(NamedTuple):
     queries: slice
     num_keys: int
-    mask_BsU: Tensor | None
-    """Added to the logits, float32: 0 where a query may see a key. B is 1 where all rows of the batch share it.
-
-    Added, because choosing by a bool takes a compiled kernel twice as long.
-    """
+    may_see_BsU: Tensor | None
+    """Which keys a query may see, where rows of the batch differ: masks are four times as large, and made one at a time."""
+    mask_1sU: Tensor | None
+    """The mask that all rows share."""
 
     def mask_of(self, row: int) -> Tensor | None:
-        """The mask of one row of the batch, 1×s×U."""
-        if self.mask_BsU is None:
-            return None
-        row = row if len(self.mask_BsU) > 1 else 0
-        return self.mask_BsU[row : row + 1]
+        """The mask of one row of the batch, 1×s×U: what is added to the logits, float32.
+
+        Added, because choosing by a bool takes a compiled kernel twice as long.
+        """
+        return self.mask_1sU if self.may_see_BsU is None else _added(self.may_see_BsU[row : row + 1])
+
+
+def _added(may_see: Tensor) -> Tensor:
+    """0 where a query may see a key."""
+    return torch.zeros(may_see.shape, device=may_see.device).masked_fill_(~may_see, _UNSEEN)
 
 
 def _block_size(num_heads: int, num_keys: int) -> int:
@@ -59,10 +63,9 @@ def _blocks(q_BSHD: Tensor, num_keys: int, mask: Tensor | None, is_causal: bool)
         may_see = None if mask is None else mask[:, 0, start:stop]
         if is_causal:
             may_see = torch.ones(1, stop - start, seen, dtype=torch.bool, device=device).tril(start)
-        added = None
-        if may_see is not None:
-            added = torch.zeros(may_see.shape, device=device).masked_fill_(~may_see, _UNSEEN)
-        yield _Block(slice(start, stop), seen, added)
+        is_shared = may_see is not None and len(may_see) == 1
+        mask_1sU = _added(may_see) if may_see is not None and is_shared else None
+        yield _Block(slice(start, stop), seen, None if is_shared else may_see, mask_1sU)
 
 
 def _softmax(scale: float, scores_HsU: Tensor, mask_1sU: Tensor | None) -> Tensor:

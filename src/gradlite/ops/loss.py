@@ -8,6 +8,7 @@ forward pass, while a tile's logits exist, and scaled in backward: the head's pr
 Liger-Kernel, arXiv 2410.10989). What the weight's gradient leaves behind is measured tile by tile.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,6 +45,12 @@ class Measure(Protocol):
 
     def join(self, a: Any, b: Any) -> Any:
         """The same of the sum of two gradients."""
+
+    def leaves(self, absorbed: Any) -> tuple[Tensor | None, ...]:
+        """Its tensors, to be saved for backward."""
+
+    def of_leaves(self, leaves: Sequence[Tensor | None], num_tokens: int) -> Any:
+        """What :meth:`leaves` took apart."""
 
     def take(self, absorbed: Any) -> Tensor:
         """Counts it; returns the coordinates' gradient."""
@@ -122,7 +129,7 @@ class _TiledLoss(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight_VN, dtype=wide_dtype)
         grad_bias = None if bias_V is None or not needs_bias else torch.zeros_like(bias_V, dtype=wide_dtype)
         cast_VN = weight_VN.to(h_TN.dtype)
-        ctx.measure, ctx.absorbed = measure, None
+        absorbed = None
         step = tile_tokens(len(h_TN), len(weight_VN), h_TN.device.type)
         for start in range(0, len(h_TN), step):
             tile = slice(start, start + step)
@@ -138,23 +145,27 @@ class _TiledLoss(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += gradient_tV.sum(0, dtype=wide_dtype)
             if needs_coordinates and measure is not None:
-                absorbed = measure.measure(DenseFactors(gradient_tV, h_tN))
-                ctx.absorbed = absorbed if ctx.absorbed is None else measure.join(ctx.absorbed, absorbed)
+                of_tile = measure.measure(DenseFactors(gradient_tV, h_tN))
+                absorbed = of_tile if absorbed is None else measure.join(absorbed, of_tile)
             del logits_tV, gradient_tV
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight_VN.dtype)
         if grad_bias is not None and bias_V is not None:
             grad_bias = grad_bias.to(bias_V.dtype)
-        ctx.save_for_backward(grad_h_TN, grad_weight, grad_bias)
+        # Saved, and no attributes of ctx, which would stay for as long as anybody keeps the loss.
+        leaves = () if absorbed is None or measure is None else measure.leaves(absorbed)
+        ctx.save_for_backward(grad_h_TN, grad_weight, grad_bias, *leaves)
+        ctx.measure, ctx.num_tokens = measure, len(h_TN)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_h_TN, grad_weight, grad_bias = (None if made is None else made * grad.to(made.dtype) for made in ctx.saved_tensors)
+        saved = ctx.saved_tensors
+        grad_h_TN, grad_weight, grad_bias = (None if made is None else made * grad.to(made.dtype) for made in saved[:3])
         grad_coordinates = None
-        if ctx.absorbed is not None:
-            grad_coordinates = ctx.measure.take(ctx.absorbed.scaled(grad))
+        if len(saved) > 3:
+            grad_coordinates = ctx.measure.take(ctx.measure.of_leaves(saved[3:], ctx.num_tokens).scaled(grad))
         return grad_h_TN, grad_weight, grad_bias, grad_coordinates, None, None, None
 
 

@@ -118,6 +118,8 @@ class _Norm(torch.autograd.Function):
         x_TN = x.reshape(-1, x.shape[-1])
         codec = holder.codec_for(x_TN.shape[1])
         y_TN, rho_T1, *leaves = kernel(_forward, kind, codec)(x_TN, weight_N, bias_N, holder.noise_for(x_TN))
+        if weight_N is None and not codec.is_lossy:
+            y_TN = y_TN.clone()  # or it could be the leaf itself, and what changes it in place would change that
         leaves = holder.place.put(leaves)
         ctx.save_for_backward(weight_N, rho_T1, *leaves)
         ctx.kind, ctx.codec, ctx.shelf, ctx.place = kind, codec, holder.shelf, holder.place

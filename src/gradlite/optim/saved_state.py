@@ -52,7 +52,7 @@ def shares_inside(collectors: Sequence[Collector]) -> list[float | None]:
 def check_fits(window: Window, here_formats: Mapping[str, str], saved: Mapping[str, Any]) -> None:
     """Raises GradLiteError, with the remedy, where a saved state belongs to another model or other settings."""
     for name, here_format in here_formats.items():
-        there_format = saved["formats"][name]
+        there_format = saved["formats"].get(name, here_format)  # older states do not tell the basis
         if there_format != here_format:
             raise GradLiteError(
                 f"the saved optimizer has {name}={there_format!r}, this one {name}={here_format!r}; load it with the same."

@@ -223,6 +223,7 @@ class SubspaceAdamW(Optimizer):
         for index, basis in enumerate(self._window.bases()):
             basis.due = (
                 self._window.kind != "random"
+                and self._global_step > 0  # a state may be loaded before the first step, as accelerate does
                 and basis.rank < basis.width
                 and (self._global_step + index) % self._refresh_interval == 0
             )
@@ -281,7 +282,8 @@ class SubspaceAdamW(Optimizer):
         self._mark_due()
 
     def _formats(self) -> dict[str, str]:
-        return {"feedback": self._feedback, "feedback_memory": self._feedback_memory, "moments": self._moments}
+        own = {"feedback": self._feedback, "feedback_memory": self._feedback_memory, "moments": self._moments}
+        return {**own, "basis": self._window.kind}
 
     # ---- bytes ----------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,8 @@ def write_report(paths: Sequence[Path], output: Path | None = None) -> tuple[Pat
     target = output or (paths[0] if paths[0].is_dir() else paths[0].parent) / "report.html"
     if not target.absolute().parent.is_dir() or target.is_dir():
         raise GradLiteError(f"{target} cannot be written; give --output the name of a file in a directory that exists.")
+    if target.suffix in (".json", ".jsonl") or (target.exists() and not target.is_file()):  # a record, or a device
+        raise GradLiteError(f"{target} is no place for a page; give --output a name that ends in .html.")
     title, sections = _content(source)
     left_out = source.left_out if isinstance(source, Records) else []
     page = render(title, sections, left_out)

@@ -1,6 +1,7 @@
 """What a page is made of: records of comparisons, or the directory of one training run."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,8 @@ def _entries(file: Path) -> list[tuple[str, Any]]:
 def _record(place: str, entry: Any) -> Record:
     if not _is_record(entry):
         raise GradLiteError(f"{place} is no record of a training run; `gradlite compare` writes those.")
+    if not _is_facts(entry.get("machine") or {}):
+        raise GradLiteError(f"machine in {place} is no mapping from a name to what it says; leave the record out.")
     try:
         return Record.model_validate(entry)
     except ValidationError as error:
@@ -133,7 +136,7 @@ def _is_energy(line: dict[str, Any]) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _text(file: Path) -> str:

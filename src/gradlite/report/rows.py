@@ -9,8 +9,14 @@ from typing import Any
 from gradlite.compare.record import Record
 from gradlite.compare.tables import at_best_rate, by_name, with_equal_batches
 
-WORK = ("model", "dataset", "dtype", "batch_size", "seq_len", "steps", "schedule", "warmup_steps")
-"""What makes two records of an experiment comparable."""
+WORK = (
+    "model", "model_fingerprint", "dataset", "dataset_fingerprint", "dtype", "batch_size", "seq_len", "steps", "schedule",
+    "warmup_steps", "max_grad_norm", "held_out_from_last", "held_out_rows", "full_rows",
+)  # fmt: skip
+"""What makes two records of an experiment comparable. Of some of these older records say nothing (None)."""
+
+
+_Work = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -89,15 +95,26 @@ def group(records: Sequence[Record]) -> list[Group]:
 
     Records of one experiment's name that did different work (another model, say) are groups of their own, named by it.
     """
-    of_work: dict[tuple[Any, ...], list[Record]] = {}
+    works: list[tuple[_Work, list[Record]]] = []
     for record in records:
-        runs = of_work.setdefault((record.experiment, *(getattr(record, key) for key in WORK)), [])
-        if record not in runs:  # the same file given twice
-            runs.append(record)
-    return [Group(_name(work, list(of_work)), _rows(runs)) for work, runs in of_work.items()]
+        work = (record.experiment, *(getattr(record, key) for key in WORK))
+        place = next((place for place, (other, _) in enumerate(works) if _agree(work, other)), None)
+        if place is None:
+            works.append((work, [record]))
+        elif record not in works[place][1]:  # it is where the same file is given twice
+            other, runs = works[place]
+            works[place] = (
+                tuple(mine if mine is not None else his for mine, his in zip(work, other, strict=True)),
+                [*runs, record],
+            )
+    return [Group(_name(work, [other for other, _ in works]), _rows(runs)) for work, runs in works]
 
 
-def _name(work: tuple[Any, ...], all_works: Sequence[tuple[Any, ...]]) -> str:
+def _agree(work: _Work, other: _Work) -> bool:
+    return all(mine == his or mine is None or his is None for mine, his in zip(work, other, strict=True))
+
+
+def _name(work: _Work, all_works: Sequence[_Work]) -> str:
     """The experiment's, and of works that share it what tells them apart."""
     namesakes = [other for other in all_works if other[0] == work[0]]
     varying = [place for place in range(1, len(work)) if len({other[place] for other in namesakes}) > 1]

@@ -1,4 +1,7 @@
-"""Records as tables: those of `gradlite compare`, number for number, and one of all runs by themselves."""
+"""Records as tables: those of `gradlite compare`, and one of all runs by themselves.
+
+A comparison's first seed stands in no record: here it is the one that tried the most rates, and of several the lowest.
+"""
 
 import re
 from collections.abc import Sequence

@@ -8,13 +8,14 @@ A *window* is what lies between two optimizer steps: one backward pass, or sever
 
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gradlite.ops.factors import GradientFactors
+from gradlite.ops.precision import wide
 from gradlite.subspace.basis import activation_basis, gradient_basis, pull_back, random_basis
 from gradlite.subspace.energy import probed
 from gradlite.subspace.residual import ResidualSample, merge_samples, sample_residual
@@ -43,6 +44,11 @@ class Coordinates(nn.Parameter):
 
     def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         return _coordinates, (tuple(self.shape), torch.zeros((), dtype=self.dtype, device=self.device), self.requires_grad)
+
+    def trained_with(self, weight: Tensor) -> "Coordinates":
+        """Itself, asking for a gradient where the weight does, which may have been frozen, or freed, since it was attached."""
+        self.requires_grad_(weight.requires_grad)
+        return self
 
     def drop_storage(self) -> None:
         """Back to one expanded element, after ``.to()`` has made a full copy."""
@@ -137,9 +143,10 @@ class Window:
 
     def _norm(self) -> Tensor:
         assert self._squared_norm is not None
-        # The estimate may come out negative; a tiny positive norm still lets the clip factor be read from the gradient.
+        # The estimate may come out negative, and is zero where nothing is sampled; a tiny positive norm still lets the clip
+        # factor be read from the gradient, and what was scaled be told from what was cleared.
         floor = torch.finfo(self._squared_norm.dtype).tiny ** 0.5
-        return self._squared_norm.clamp_min(floor if self.sample_residual else 0.0).sqrt()
+        return self._squared_norm.clamp_min(floor).sqrt()
 
     def clip_factor(self) -> Tensor:
         """What the gradients were multiplied by since backward (clipping, loss unscaling): a scalar tensor, 1 if nothing."""
@@ -176,6 +183,11 @@ def in_backward() -> bool:
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """``a + b``, where None stands for nothing yet."""
     return b if a is None else a if b is None else a + b
+
+
+def _wide_sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """In float32 or wider."""
+    return _sum(None if a is None else wide(a), b)
 
 
 class Absorbed(NamedTuple):
@@ -276,13 +288,31 @@ class Collector:
             return Absorbed(gradient_MR, sketch_NR, probed_ML, *sample, right_TN.shape[0])
 
     def join(self, a: "Absorbed", b: "Absorbed") -> "Absorbed":
-        """The sum of two gradients, as if they had come at once (their samples are thinned to one's size)."""
-        sketch, probes = _sum(a.sketch_NR, b.sketch_NR), _sum(a.probed_ML, b.probed_ML)
-        gradient_MR = a.gradient_MR + b.gradient_MR
+        """The sum of two gradients, as if they had come at once (their samples are thinned to one's size).
+
+        In float32 or wider: of many, a sum in a short format loses more with every one.
+        """
+        sketch, probes = _wide_sum(a.sketch_NR, b.sketch_NR), _sum(a.probed_ML, b.probed_ML)
+        gradient_MR = wide(a.gradient_MR) + b.gradient_MR
         if a.sample is None or b.sample is None or a.diagonal is None or b.diagonal is None:
             return Absorbed(gradient_MR, sketch, probes, None, None, 0)
         sample = merge_samples(a.sample, b.sample, self.sample_count, self.window.generator)
         return Absorbed(gradient_MR, sketch, probes, sample, a.diagonal + b.diagonal, a.num_tokens + b.num_tokens)
+
+    def leaves(self, absorbed: "Absorbed") -> tuple[Tensor | None, ...]:
+        """Its tensors, in the formats that a single gradient has, to be saved for backward."""
+        dtype = self.coordinates.dtype
+        sketch_NR = None if absorbed.sketch_NR is None else absorbed.sketch_NR.to(dtype)
+        sample = (None, None) if absorbed.sample is None else absorbed.sample
+        return absorbed.gradient_MR.to(dtype), sketch_NR, absorbed.probed_ML, *sample, absorbed.diagonal
+
+    def of_leaves(self, leaves: Sequence[Tensor | None], num_tokens: int) -> "Absorbed":
+        """What :meth:`leaves` took apart; ``num_tokens``: of the gradient."""
+        gradient_MR, sketch_NR, probed_ML, left_KM, right_KN, diagonal = leaves
+        assert gradient_MR is not None
+        if left_KM is None or right_KN is None:
+            return Absorbed(gradient_MR, sketch_NR, probed_ML)
+        return Absorbed(gradient_MR, sketch_NR, probed_ML, ResidualSample(left_KM, right_KN), diagonal, num_tokens)
 
     def take(self, absorbed: "Absorbed") -> Tensor:
         """Adds it to the window; returns the coordinates' gradient."""

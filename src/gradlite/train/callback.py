@@ -56,6 +56,10 @@ class RunCallback(TrainerCallback):
         self._smooth_rate = 0.0
         self._smooth_seconds = 0.0
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A resumed run's state comes from the checkpoint, with the intervals of saving and evaluating of back then."""
+        state.compute_steps(args, state.max_steps)
+
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._started = time.perf_counter()
         self._tokens_before = state.num_input_tokens_seen

@@ -40,6 +40,8 @@ def _other_process(record: Mapping[str, Any] | None) -> int | None:
     process = record.get("process")
     if not isinstance(process, int) or process == os.getpid():
         return None
+    if record.get("process_started") not in (None, _started(process)):
+        return None  # the system has given the number to another process since
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -47,6 +49,15 @@ def _other_process(record: Mapping[str, Any] | None) -> int | None:
     except OSError:  # somebody else's
         return process
     return process
+
+
+def _started(process: int) -> str | None:
+    """When a process began, in the system's ticks; None where the system (Linux) does not tell."""
+    try:
+        status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return status.rpartition(")")[2].split()[19]
 
 
 def _step_of(line: str) -> int:
@@ -104,9 +115,10 @@ class RunDirectory:
             return
         busy = _other_process(self.record)
         if busy is not None:
+            remedy = 'take "process" out of its run.json' if config.resume else "--overwrite"
             raise GradLiteError(
                 f"process {busy} is training in {str(self.path)!r}; wait for its end, or give another --name "
-                "(--overwrite, if there is no such training any more)."
+                f"({remedy}, if there is no such training any more)."
             )
         if config.resume:
             self._check_same(config)
@@ -147,7 +159,8 @@ class RunDirectory:
         for folder in (self.path, self.checkpoints):
             for left_over in folder.glob(f"{WRITING}*"):  # by a process that was killed
                 shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-        self.write_record({**record, "status": "running", "process": os.getpid(), "host": platform.node()})
+        mine = {"process": os.getpid(), "process_started": _started(os.getpid()), "host": platform.node()}
+        self.write_record({**record, "status": "running", **mine})
         write_text(self.path / CONFIG, config.afresh().to_yaml())
         if checkpoint is not None:
             step = checkpoint_step(checkpoint)

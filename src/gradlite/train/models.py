@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gradlite.errors import GradLiteError
@@ -146,7 +147,7 @@ def _embedded(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerB
             tokenizer.save_pretrained(Path(staging) / key)
             if not cached.is_dir():
                 (Path(staging) / key).replace(cached)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         warnings.warn(f"the dequantised model could not be cached in {cached.parent}: {error}", stacklevel=2)
     return model, tokenizer
 

@@ -21,7 +21,7 @@ def out_of_memory_told() -> Iterator[None]:
             raise
         raise GradLiteError(
             "the run needs more memory than there is; give a smaller --batch-size (with more --accumulation for the same "
-            "step), a shorter --seq-len, or a lower --rank."
+            "step), a shorter --seq-len, or with GradLite a lower --rank."
         ) from error
 
 

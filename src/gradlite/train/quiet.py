@@ -16,12 +16,16 @@ _LIBRARIES = r"(torch|transformers|trl|datasets|accelerate|huggingface_hub|gguf|
 
 @contextmanager
 def quiet_libraries(console: Console) -> Iterator[None]:
-    """Silence transformers, datasets, the hub's client and torch below errors; show other warnings as a line on `console`."""
+    """Silence transformers, datasets and the hub's client below errors, and their and torch's warnings; show other warnings as
+    a line on `console`.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     verbosity, hub_verbosity = transformers_logging.get_verbosity(), hub_logging.get_verbosity()
     bars = (transformers_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled())
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()  # it tells of every retry, twice
+    datasets_verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
@@ -34,6 +38,7 @@ def quiet_libraries(console: Console) -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(verbosity)
         hub_logging.set_verbosity(hub_verbosity)
+        datasets.logging.set_verbosity(datasets_verbosity)
         if bars[0]:
             transformers_logging.enable_progress_bar()
         if not bars[1]:

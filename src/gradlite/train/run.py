@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gradlite.errors import GradLiteError
 from gradlite.evaluate.answers import answer_questions
+from gradlite.evaluate.positions import num_positions
 from gradlite.measure.memory import peak_memory_bytes
 from gradlite.methods.method import ENERGY_EVERY
 from gradlite.train.callback import MAX_SKIPPED_IN_A_ROW, RunCallback, StepReport
@@ -84,6 +85,7 @@ class _Run:
         self.console.print(Text(f"reading {self.config.dataset}"), style="dim")
         data = load_data(self.config, tokenizer)
         _check_vocabulary(model, data, self.config)
+        _check_positions(model, data, self.config)
         if self.config.packing:
             check_packing(model)
         train = sequences(data.train, self.config, packed=self.config.packing)
@@ -274,6 +276,16 @@ def _check_vocabulary(model: PreTrainedModel, data: Data, config: TrainConfig) -
         raise GradLiteError(
             f"the tokenizer of model {config.model!r} gives token number {largest}, but the model knows {rows} tokens only; "
             "resize its embeddings, or use the tokenizer that belongs to it."
+        )
+
+
+def _check_positions(model: PreTrainedModel, data: Data, config: TrainConfig) -> None:
+    known, longest = num_positions(model), max(len(tokens.ids) for tokens in [*data.train, *data.held_out])
+    longest = config.seq_len if config.packing else longest
+    if known is not None and longest > known:
+        raise GradLiteError(
+            f"model {config.model!r} has {known} positions, and the longest sequence has {longest} tokens; "
+            f"give --seq-len {known} or less."
         )
 
 

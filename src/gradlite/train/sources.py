@@ -151,7 +151,9 @@ def _read_json(file: Path) -> Rows:
     text = file.read_text(encoding="utf-8-sig")
     try:
         rows = json.loads(text, object_pairs_hook=_once_each)
-    except json.JSONDecodeError:
+    except json.JSONDecodeError as error:
+        if text.lstrip().startswith("["):
+            raise GradLiteError(f"line {error.lineno} of dataset {str(file)!r} is not JSON: {error.msg}.") from error
         return _read_jsonl(file)
     if isinstance(rows, dict):
         rows = [rows]

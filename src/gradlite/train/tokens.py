@@ -31,15 +31,15 @@ class Tokens:
 
     @property
     def question(self) -> list[int]:
-        """The tokens before the first answer; for plain text, its first quarter (1 to 32 tokens)."""
-        start = self.is_answer.index(True)
+        """The tokens before the first answer; of plain text, and where no answer is left, the first quarter (1 to 32)."""
+        start = self.is_answer.index(True) if True in self.is_answer else 0
         return self.ids[:start] if start else self.ids[: min(32, max(1, len(self.ids) // 4))]
 
     @property
     def answer(self) -> list[int]:
-        """What follows the question, up to the end of the first answer."""
+        """What follows the question, up to the end of the first answer where there is one."""
         rest = self.is_answer[len(self.question) :]
-        return self.ids[len(self.question) :][: rest.index(False) if False in rest else None]
+        return self.ids[len(self.question) :][: rest.index(False) if False in rest and True in rest else None]
 
     def labels(self, train_on: str) -> list[int]:
         """The ids where the loss looks (`train_on`: "answer" or "all"), IGNORED elsewhere."""
@@ -83,8 +83,7 @@ def tokenize(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, se
 
 
 def _is_trainable(tokens: Tokens, train_on: str) -> bool:
-    trained = len(tokens.ids) - 1 if train_on == "all" else sum(tokens.is_answer[1:])
-    return trained > 0 and any(tokens.is_answer)
+    return len(tokens.ids) > 1 if train_on == "all" else any(tokens.is_answer[1:])
 
 
 class _Renderer:
@@ -181,13 +180,13 @@ class _Renderer:
 
 def _shared_prefix(first: str, second: str) -> str:
     """The longest text that two texts begin with."""
-    if second.startswith(first):
-        return first
-    return first[: next(position for position, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1])]
+    return first[: _num_shared(first, second)]
 
 
-def _num_shared(first: list[int], second: list[int]) -> int:
-    """How many ids two lists share at their beginning: fewer than the first's where a token spans the border."""
+def _num_shared(first: Sequence[object], second: Sequence[object]) -> int:
+    """How many ids or characters two sequences share at their beginning: of ids fewer than the first's where a token spans the
+    border.
+    """
     count = 0
     for left, right in zip(first, second, strict=False):
         if left != right:

@@ -52,7 +52,6 @@ class GradLiteTrainer(Trainer):
         # The loss below shifts the labels, and divides by the number of tokens of all micro-batches of a step.
         self._loss_shifts_labels = True
         self.model_accepts_loss_kwargs = True
-        self.loss_is_scaled_for_ga = True
         self._staging: str | None = None
 
     @property

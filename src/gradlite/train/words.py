@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 def in_bytes(num_bytes: float) -> str:
     """1.2 GB, 340 MB, 5.0 kB; decimal units."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= 0.9995 * size:  # which three digits round up
             return f"{num_bytes / size:.3g} {unit}"
     return f"{num_bytes:.0f} bytes"
 

@@ -31,7 +31,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise GradLiteError(f"the config file {path} cannot be read: {error.strerror or error}.") from None
     except UnicodeDecodeError:
         raise GradLiteError(f"the config file {path} is not UTF-8 text.") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there is not
         raise GradLiteError(f"the config file {path} is not valid YAML: {_problem(error)}.") from None
     if not isinstance(content, dict):
         found = "empty" if content is None else f"a {type(content).__name__}"
@@ -39,7 +39,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
-def _problem(error: yaml.YAMLError) -> str:
+def _problem(error: Exception) -> str:
     """What PyYAML found, and the line, without its multi-line excerpt."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}: {error.problem}"
