@@ -58,7 +58,7 @@ def test_a_replay_keeps_the_random_state_of_the_tensors_device(
 
 def test_a_norm_without_weights_may_be_changed_in_place() -> None:
     norm = nn.LayerNorm(24, elementwise_affine=False)
-    plain = nn.Sequential(nn.Linear(24, 24), norm, nn.ReLU(inplace=True), nn.Linear(24, 8))
+    plain = nn.Sequential(nn.Linear(24, 24), norm, nn.Hardtanh(-0.5, 0.5, inplace=True), nn.Linear(24, 8))
     model = copy.deepcopy(plain)
     gradlite.attach(model, rank=24)
     x = torch.randn(5, 24)
