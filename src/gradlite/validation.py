@@ -41,8 +41,15 @@ def sentence(clause: str) -> str:
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """The known word that looks most like this one, as a question, or all of them."""
-    guesses = difflib.get_close_matches(word.lower(), known, n=1)
-    return f"did you mean {guesses[0]!r}?" if guesses else f"known are {', '.join(known)}."
+    guesses = difflib.get_close_matches(word.lower(), known, n=3)
+    if not guesses:
+        return f"known are {', '.join(known)}."
+
+    def likeness(guess: str) -> tuple[float, bool]:
+        """Of equally close ones that which begins as the word does: 'adamv' is 'adamw' rather than 'badam'."""
+        return difflib.SequenceMatcher(None, word.lower(), guess).ratio(), guess[:1] == word.lower()[:1]
+
+    return f"did you mean {max(guesses, key=likeness)!r}?"
 
 
 def shown(value: object) -> str:

@@ -101,8 +101,9 @@ def test_an_experiment_file(call: Call, tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         ("--preset paper", "there is no preset 'paper'"),
-        ("--methods adamv", "unknown method 'adamv'; did you mean"),
+        ("--methods adamv", "unknown method 'adamv'; did you mean 'adamw'?"),
         ("--methods zzz", "unknown method 'zzz'; known are adamw,"),
+        ("--methods adamw,lora,adamw", "--methods names 'adamw' twice."),
         ("--lr fast", "--lr is 'fast', but it must be numbers"),
         ("--lr -1", "--lr is -1.0, but it should be greater than 0."),
         ("--steps 0", "--steps is 0, but it should be greater than or equal to 1."),
@@ -151,8 +152,9 @@ def test_failed_runs_are_counted_and_none_that_succeeded_is_a_failure(
         return [spec.record("failed", "no luck") if spec.method in failing else spec.record("ok") for spec in specs]
 
     monkeypatch.setattr(FakeRunner, "run", run)
-    got, out, _ = call("--methods", "AdamW,GradLite (int8)", "--tables", "1")
+    got, out, _ = call("--methods", "AdamW,GradLite (int8)", "--tables", "1", "--seeds", "0,1")
     assert got == code
+    assert ("2 further runs were not begun" in out) == bool(failing)
     assert (said in out and "--retry-failed" in out) if said else "failed" not in out
 
 

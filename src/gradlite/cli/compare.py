@@ -81,6 +81,9 @@ def compare(
     }
     overrides = {key: value for key, value in given.items() if value is not None}
     names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+    twice = next((name for name in names or () if (names or []).count(name) > 1), None)
+    if twice is not None:
+        raise GradLiteError(f"--methods names {twice!r} twice.")
     if experiment is not None:
         if tables is not None:
             raise GradLiteError("--tables belongs to --preset; an experiment file makes one table.")
@@ -104,6 +107,7 @@ def _run(chosen: list[Experiment], everything: list[Experiment], directory: Path
     """Do the runs of ``chosen``; the files that are written show all records of ``everything`` that are there."""
     from gradlite.compare.outputs import draw_figures, show_tables, write_tables  # brings matplotlib
     from gradlite.compare.runner import Runner
+    from gradlite.compare.runs import num_runs
 
     runner = Runner(directory, _command(), console, lambda records: write_tables(directory, everything, records), retry_failed)
     try:
@@ -119,6 +123,9 @@ def _run(chosen: list[Experiment], everything: list[Experiment], directory: Path
     failed = sum(record.status != "ok" for record in done)
     if failed:
         console.print(f"{failed} of {len(done)} runs failed, for the reasons in the tables; --retry-failed does them again.")
+        left_out = sum(map(num_runs, chosen)) - len(done)
+        if left_out:
+            console.print(f"{left_out} further runs were not begun: seeds of rows of which no rate succeeded.")
     if failed == len(done):
         raise typer.Exit(1)
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradlite.compare.experiment import Experiment
+from gradlite.compare.rows import enough_rows
 from gradlite.compare.runner import Runner
 from gradlite.compare.runs import RunSpec, further_seeds, num_runs, sweep, too_few_steps
 from gradlite.compare.terminal import print_table
@@ -52,6 +53,9 @@ def show_runs(experiments: Sequence[Experiment], output_dir: Path, console: Cons
     """List the runs that are due, and how long they take by the speed of one matrix product on this machine."""
     runner = Runner(output_dir, "", console, lambda _: None, retry_failed)
     runner.check(experiments)
+    for dataset, aside in {(one.dataset, one.held_out_from_last) for one in experiments}:
+        if Path(dataset).expanduser().exists():  # what a hub has is not fetched for this
+            enough_rows(dataset, aside)
     shown = Table("Run", "Steps × rows × tokens", box=None)
     listed: list[RunSpec] = []
     works = []

@@ -43,12 +43,7 @@ def prepare(spec: RunSpec, tokenizer: PreTrainedTokenizerBase) -> Work:
     The order of the training rows follows from the seed alone. Raises GradLiteError where the data cannot be read or is too
     little for what is asked.
     """
-    rows = _all_rows(spec.dataset)
-    if len(rows) <= spec.held_out_from_last:
-        raise GradLiteError(
-            f"dataset {spec.dataset!r} has {len(rows)} rows, and held_out_from_last puts {spec.held_out_from_last} aside; "
-            "give more rows, or a smaller number in an experiment file."
-        )
+    rows = enough_rows(spec.dataset, spec.held_out_from_last)
     border = len(rows) - spec.held_out_from_last
     aside = sorted(random.Random(_HELD_OUT_SEED).sample(range(border, len(rows)), spec.held_out_rows))
     held_out = parse([rows[number] for number in aside], spec.dataset).examples if aside else []
@@ -69,6 +64,17 @@ def prepare(spec: RunSpec, tokenizer: PreTrainedTokenizerBase) -> Work:
         f"held-out rows have no answer within {spec.seq_len} tokens and are not evaluated": len(held_out) - len(kept),
     }
     return Work(steps, [_row(tokens) for tokens in kept], [f"{count} {what}." for what, count in counts.items() if count])
+
+
+def enough_rows(dataset: str, held_out_from_last: int) -> Rows:
+    """All rows of a data set. Raises GradLiteError where none is left to train on."""
+    rows = _all_rows(dataset)
+    if len(rows) <= held_out_from_last:
+        raise GradLiteError(
+            f"dataset {dataset!r} has {len(rows)} rows, and held_out_from_last puts {held_out_from_last} aside; "
+            "give more rows, or a smaller number in an experiment file."
+        )
+    return rows
 
 
 def _all_rows(dataset: str) -> Rows:

@@ -264,7 +264,7 @@ def _line(heading: str, spec: RunSpec, step: Mapping[str, Any], left: float | No
         heading,
         f"step {step['step']}/{spec.steps}",
         f"loss {step['loss']:.4f}",
-        f"peak {in_bytes(step['peak_bytes'])}",
+        f"peak in all {in_bytes(step['peak_bytes'])}",
         f"{step['tokens_per_second']:,.0f} tokens/s",
     ]
     return Text("  ".join(parts if left is None else [*parts, f"left {in_time(left)}"]))
