@@ -17,9 +17,8 @@ from gradlite.compare.tables import (
     ratio_table,
     to_csv,
     to_markdown,
-    to_rich,
 )
-from gradlite.compare.terminal import print_table
+from gradlite.compare.terminal import print_table, to_rich
 from gradlite.train.files import write_text
 
 
@@ -74,4 +73,4 @@ def draw_figures(output_dir: Path, experiments: Sequence[Experiment], records: S
 def show_tables(console: Console, experiments: Sequence[Experiment], records: Sequence[Record]) -> None:
     """Print all tables."""
     for table in tables_of(experiments, records).values():
-        print_table(console, to_rich(table))
+        print_table(console, to_rich(table, console.width if console.is_terminal else None))

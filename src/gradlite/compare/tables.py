@@ -1,4 +1,4 @@
-"""From records to tables, and from tables to Markdown, CSV and the terminal. Pure, and light.
+"""From records to tables, and from tables to Markdown and CSV. Pure, and light.
 
 A row is a method with its options (the records' ``label``); rows stand in the order of their first records. A method without a
 single good run keeps its row, with the reason. Ratios are against the row named as baseline in the same records.
@@ -11,13 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
-from rich.table import Table as RichTable
-from rich.text import Text
-
 from gradlite.compare.record import ByCategory, Record
 from gradlite.compare.runs import best_rate, too_few_steps
 
 NONE = "–"
+REMARK = "Remark"
 _GB = 1e9
 
 
@@ -62,7 +60,7 @@ def memory_table(records: Sequence[Record], title: str, first_seed: int | None =
         "Tokens/s (runs' range)",
         "Samples/s",
         "Runs",
-        "Remark",
+        REMARK,
     )
     return Table(title, columns, tuple(table), _work_notes(records))
 
@@ -106,7 +104,7 @@ def quality_table(records: Sequence[Record], title: str, baselines: Sequence[str
     known = [name for name in baselines if name in rows]
     table = []
     for name, runs in rows.items():
-        swept = sweep_of(runs, first_seed)
+        swept = sorted(sweep_of(runs, first_seed), key=lambda run: run.lr)
         best = best_rate(swept)
         table.append(
             (
@@ -128,7 +126,7 @@ def quality_table(records: Sequence[Record], title: str, baselines: Sequence[str
         "Lowest–highest seed",
         "Seeds",
         *(f"Against {other} (%)" for other in known),
-        "Remark",
+        REMARK,
     )
     before = next((run.held_out[0].loss for run in records if run.held_out and run.held_out[0].step == 0), None)
     notes = () if before is None else (f"Held-out loss before training: {before:.4f}.",)
@@ -183,17 +181,6 @@ def to_csv(table: Table) -> str:
     return text.getvalue()
 
 
-def to_rich(table: Table) -> RichTable:
-    """For the terminal."""
-    shown = RichTable(title=Text(table.title), caption=Text("\n".join(table.notes)) if table.notes else None)
-    for number, column in enumerate(table.columns):
-        is_text = number == 0 or column == "Remark"
-        shown.add_column(Text(column), justify="left" if is_text else "right", overflow="fold")
-    for row in table.rows:
-        shown.add_row(*map(Text, row))  # not as rich's markup: errors quote file names in brackets
-    return shown
-
-
 def _peaks(runs: Iterable[Record]) -> list[float]:
     return [run.memory.peak_above_weights_bytes / _GB for run in runs if run.memory]
 
@@ -222,7 +209,7 @@ def _percent(values: Mapping[int, float], others: Mapping[int, float]) -> str:
     both = values.keys() & others.keys()
     if not both:
         return NONE
-    return f"{100 * (mean(values[seed] for seed in both) / mean(others[seed] for seed in both) - 1):+.2f}"
+    return f"{100 * (mean(values[seed] for seed in both) / mean(others[seed] for seed in both) - 1):+z.2f}"
 
 
 def _sweep_cell(run: Record) -> str:

@@ -17,7 +17,7 @@ def in_memory(num_bytes: float | None) -> str:
 
 def in_percent(fraction: float) -> str:
     """+1.3 %, −0.4 %."""
-    return f"{100 * fraction:+.1f} %".replace("-", "−")
+    return f"{100 * fraction:+z.1f} %".replace("-", "−")
 
 
 def counted(number: int, noun: str) -> str:

@@ -55,7 +55,7 @@ def show_answers(console: Console, before: Sequence[dict[str, str]], after: Sequ
 def show_result(console: Console, result: Result, path: Path) -> None:
     """The last lines of a run."""
     console.print(
-        f"\nheld-out loss {result.loss_before:.4f} → {result.loss_after:.4f} ({-result.fall:+.1%}) "
+        f"\nheld-out loss {result.loss_before:.4f} → {result.loss_after:.4f} ({-result.fall:+z.1%}) "
         f"in {result.steps} steps, {in_time(result.seconds)}"
         + (f"; {result.skipped_steps} steps skipped" if result.skipped_steps else "")
     )
