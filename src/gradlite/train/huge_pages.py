@@ -1,7 +1,7 @@
 """Large tensors in pages of 2 MB on a CPU, which PyTorch asks the system for only where it is told to.
 
 Tensors then begin at such pages, and what is held for backward and the temporaries around it break up the heap less: on SmolLM2
-in float32 the process's peak above the weights fell from 2.5 to 1.5 GB with ``hold="int8"``, at the same speed (docs/log.md).
+in float32 the process's peak above the weights fell from 2.5 to 1.1 GB with ``hold="int8"``, at the same speed (docs/log.md).
 """
 
 import os
